@@ -1,0 +1,549 @@
+"""The networks of AlignTok (Chen et al., ICLR 2026, arXiv 2509.25162), Section 3 and Figure 2.
+
+Top to bottom: files and weights; DINOv2, the foundation encoder; the adapter; the LDM convolutional encoder and
+decoder; the tokenizer that joins them; LightningDiT, the generator; the table of named sizes.
+DINOv2, the LDM modules and LightningDiT keep the official state-dict keys: released files load strictly, unmodified.
+
+Departures: the decoder of AlignTok goes without VA-VAE's 1x1 `post_quant_conv` (a linear map before a 3x3 convolution);
+DINOv2 has no stochastic depth, because nothing here trains it from scratch.
+
+Legend: B batch, H W image sides, h w = H/16 W/16 latent sides, N tokens (h*w), D width, d latent channels,
+C channels of a convolution, K classes.
+"""
+import hashlib
+import math
+import os
+import re
+import urllib.request
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------- files, weights
+
+class UserError(Exception):
+    """A mistake that the user can mend; the scripts print it as one line and exit with status 1."""
+
+
+def load_file(path, what="checkpoint"):
+    """The dict in a .pt or .pth file, on the CPU. Only tensors, numbers and strings are read, never code.
+
+    Raises UserError, naming the file, where it is missing, damaged, or holds anything else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{what} not found: {path}") from None
+    except Exception as e:  # zip, pickle and I/O errors alike: the file is not what it should be
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"{what} cannot be read (damaged, or not a file of tensors): {path} ({reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{what} holds no dict of tensors: {path}")
+    return content
+
+
+def load_strictly(module, state, path):
+    """module.load_state_dict(state), where a missing, unknown or misshapen key is an error that names the file."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as e:
+        problems = [line.strip() for line in str(e).splitlines()[1:]]
+        raise UserError(f"{path} does not fit {type(module).__name__}: {' '.join(problems)[:300]}") from None
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def find_weights(url, digest, flag, file=None):
+    """Path of an external weight file: `file` if given, else torch hub's cache, else downloaded there.
+
+    `digest` is the sha256, or its first characters, or "" where none is known (then the computed one is printed).
+    A download is verified before it gets its name. `flag` is what the message names where there is no network."""
+    if file:
+        if not Path(file).is_file():
+            raise UserError(f"{flag} {file}: no such file (the official one is {url})")
+        return Path(file)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            print(f"downloading {url}")
+            urllib.request.urlretrieve(url, part)
+        except OSError as e:
+            part.unlink(missing_ok=True)
+            raise UserError(f"missing weights {path.name}: get {url} and pass it as {flag} FILE (download: {e})") from None
+        if not sha256(part).startswith(digest):
+            part.unlink()
+            raise UserError(f"download of {url} is damaged (sha256 differs); fetch it by hand and pass {flag} FILE")
+        part.rename(path)
+    print(f"{path.name}: sha256 {sha256(path)}" if not digest else f"{path.name}: from {path.parent}")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------ DINOv2
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(first) * second), both halves from one matrix w12. DINOv2's giant model and LightningDiT use it."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, swiglu):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        # DINOv2 rounds the hidden width of SwiGLU, 2/3 of the MLP's, up to a multiple of 8
+        self.mlp = SwiGLU(dim, (int(4 * dim * 2 / 3) + 7) // 8 * 8) if swiglu else MLP(dim, 4 * dim)
+        self.ls2 = LayerScale(dim)
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch, channels, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, patch)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D), row-major
+
+
+class DINOv2(nn.Module):
+    """DINOv2 (Oquab et al. 2023), and with `registers` = 4 its register variants (Darcet et al. 2023).
+
+    dim, depth: width and number of blocks; heads are 64 wide in every DINOv2. swiglu: the giant model's FFN.
+    grid: side of the stored position embedding in patches (official: 37, that is 518 px)."""
+    patch = 14
+
+    def __init__(self, dim, depth, swiglu=False, registers=0, grid=37):
+        super().__init__()
+        self.dim, self.grid = dim, grid
+        self.checkpointing = False
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
+        self.registers = registers
+        # Only masked pretraining reads it: it must never train, or DDP would wait for its gradient.
+        self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
+        self.patch_embed = PatchEmbed(self.patch, 3, dim)
+        self.blocks = nn.ModuleList(Block(dim, dim // 64, swiglu) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.initialise()
+
+    def initialise(self):
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in [self.cls_token] + ([self.register_tokens] if self.registers else []):
+            nn.init.normal_(token, std=1e-6)
+
+    def position_embedding(self, h, w):
+        """(1, 1 + h*w, D) for h x w patches, in fp32. The official models resample by two different rules."""
+        if (h, w) == (self.grid, self.grid):
+            return self.pos_embed
+        cls, grid = self.pos_embed.float().split([1, self.grid ** 2], dim=1)
+        grid = grid.transpose(1, 2).view(1, self.dim, self.grid, self.grid)
+        if self.registers:
+            grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
+        else:  # the 0.1 guarded against rounding once; it shifts the samples, so the numbers depend on it
+            scale = ((h + 0.1) / self.grid, (w + 0.1) / self.grid)
+            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        assert grid.shape[-2:] == (h, w)
+        return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(self, x):
+        """x: (B, 3, H, W) with DINOv2's normalisation, sides divisible by 14.
+
+        Returns cls (B, D) and patch tokens (B, H/14 * W/14, D), both after the final norm: official
+        `x_norm_clstoken` and `x_norm_patchtokens`."""
+        B, _, H, W = x.shape
+        if H % self.patch or W % self.patch:
+            raise UserError(f"DINOv2 takes sides divisible by {self.patch}, not {H}x{W}")
+        x = self.patch_embed(x)  # (B, N, D)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1+N, D)
+        x = x + self.position_embedding(H // self.patch, W // self.patch).to(x.dtype)
+        if self.registers:  # they carry no position
+            x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)  # (B, 1+4+N, D)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+        x = self.norm(x)
+        return x[:, 0], x[:, 1 + self.registers:]
+
+
+def encoder_state(content):
+    """The DINOv2 state dict in a file: official, a training checkpoint's teacher, or with chunked block keys."""
+    if "teacher" in content:
+        content = {k.removeprefix("backbone."): v for k, v in content["teacher"].items() if k.startswith("backbone.")}
+    return {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in content.items()}
+
+
+def encoder_arguments(state):
+    """The arguments of DINOv2 that fit a state dict: everything follows from the names and shapes of its tensors."""
+    return dict(dim=state["cls_token"].shape[-1],
+                depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+                swiglu="blocks.0.mlp.w12.weight" in state,
+                registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+                grid=math.isqrt(state["pos_embed"].shape[1] - 1))
+
+
+def load_encoder(spec):
+    """A DINOv2 by official name (vits14 ... vitg14_reg4), by file, or random:NAME for random weights.
+
+    Returns (DINOv2, its constructor's arguments)."""
+    name = spec.removeprefix("random:").removeprefix("dinov2_")
+    if name.endswith("_reg"):  # torch hub's name for the same model
+        name += "4"
+    arguments = ENCODERS.get(name.removesuffix("_reg4"))
+    if arguments is not None:
+        arguments = dict(arguments, registers=4 if name.endswith("_reg4") else 0)
+    if spec.startswith("random:"):
+        if arguments is None:
+            raise UserError(f"--encoder {spec}: no such size, choose from {', '.join(ENCODERS)} (and _reg4)")
+        print(f"encoder {name}: RANDOM weights, as asked for")
+        return DINOv2(**arguments), arguments
+    if arguments is not None and name != "tiny14":
+        stem = f"dinov2_{name.removesuffix('_reg4')}"
+        url = f"https://dl.fbaipublicfiles.com/dinov2/{stem}/dinov2_{name}_pretrain.pth"
+        path = find_weights(url, DINOV2_SHA256.get(name, ""), "--encoder")
+    elif Path(spec).is_file():
+        path = Path(spec)
+    else:
+        raise UserError(f"--encoder {spec}: neither a file nor one of {', '.join(list(ENCODERS)[1:])} (and _reg4)")
+    state = encoder_state(load_file(path, "encoder"))
+    try:
+        found = encoder_arguments(state)
+    except (KeyError, ValueError, IndexError):
+        raise UserError(f"{path} is no DINOv2: cls_token, pos_embed or blocks.* missing") from None
+    if found["dim"] % 64 or found["depth"] > 100:
+        raise UserError(f"{path} is no DINOv2: width {found['dim']}, depth {found['depth']}")
+    if arguments is not None and found != {**dict(swiglu=False, grid=37), **arguments}:
+        raise UserError(f"{path} is not a {name}: found {found}")
+    encoder = DINOv2(**found)
+    load_strictly(encoder, state, path)
+    return encoder, found
+
+
+# ----------------------------------------------------------------------------------------------------------- adapter
+
+class Adapter(nn.Module):
+    """A: the two-layer MLP that takes each patch token from the encoder's width D to the d latent channels."""
+
+    def __init__(self, dim, d, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, d)
+
+    def forward(self, tokens):  # (B, N, D) -> (B, N, d)
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+# --------------------------------------------------------------------------------- LDM convolutional encoder, decoder
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of 32 groups. On a CPU PyTorch's channels_last backward is 8 (bf16) times slower than the contiguous
+    one with a copy in and out (measured, 32 x 32 x 64 x 64), while convolutions want channels_last."""
+
+    def __init__(self, channels):
+        super().__init__(32, channels, eps=1e-6)
+
+    def forward(self, x):
+        if x.is_cuda:
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1 = GroupNorm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = GroupNorm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Self-attention of one head over the pixels."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = GroupNorm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        B, C, h, w = x.shape
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, h*w, C)
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.proj_out(y.transpose(1, 2).reshape(B, C, h, w))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as LDM
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, attention after each where asked, and a change of resolution."""
+
+    def __init__(self, c_in, c_out, blocks, attention, downsample=False, upsample=False):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attention else 0))
+        if downsample:
+            self.downsample = Downsample(c_out)
+        if upsample:
+            self.upsample = Upsample(c_out)
+
+    def forward(self, x):
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        for change in ("downsample", "upsample"):
+            if hasattr(self, change):
+                x = getattr(self, change)(x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.block_1 = ResnetBlock(c, c)
+        self.attn_1 = AttnBlock(c)
+        self.block_2 = ResnetBlock(c, c)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """The LDM / VA-VAE convolutional encoder (for the baselines): (B, 3, H, W) -> (B, 2d, h, w), mean and log-variance.
+
+    Five levels give f=16; attention at the last one. It mirrors Decoder."""
+
+    def __init__(self, d=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2):
+        super().__init__()
+        self.checkpointing = False
+        widths = [ch * m for m in ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(([ch] + widths)[i], widths[i], num_res_blocks, attention=i == last, downsample=i != last)
+            for i in range(len(widths)))
+        self.mid = Middle(widths[-1])
+        self.norm_out = GroupNorm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * d, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))  # (B, ch, H, W)
+        for part in (*self.down, self.mid):
+            x = checkpoint(part, x, use_reentrant=False) if self.checkpointing and self.training else part(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2d, h, w)
+
+
+class Decoder(nn.Module):
+    """D: the LDM / VA-VAE convolutional decoder, (B, d, h, w) -> (B, 3, H, W), without a tanh at the end."""
+
+    def __init__(self, d=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2):
+        super().__init__()
+        self.checkpointing = False
+        widths = [ch * m for m in ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(d, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        # The official list is indexed by resolution, up.0 the highest, and is run from its end.
+        self.up = nn.ModuleList(
+            Level((widths + widths[-1:])[i + 1], widths[i], num_res_blocks + 1, attention=i == last, upsample=i != 0)
+            for i in range(len(widths)))
+        self.norm_out = GroupNorm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.conv_in(z.contiguous(memory_format=torch.channels_last))  # (B, 4*ch, h, w)
+        for part in (self.mid, *reversed(self.up)):
+            x = checkpoint(part, x, use_reentrant=False) if self.checkpointing and self.training else part(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+
+
+# --------------------------------------------------------------------------------------------------------- tokenizer
+
+class Tokenizer(nn.Module):
+    """AlignTok: z0 = A(E_p(x)), x^ = D(z0). No KL and no sampling (Section 3.1).
+
+    encoder: arguments of DINOv2; decoder: arguments of Decoder but d; d: latent channels; hidden: the adapter's hidden
+    width (default: the encoder's). Images are (B, 3, H, W) in [-1, 1] with sides divisible by 16; latents (B, d, h, w).
+    The buffers latent_mean and latent_std (d,) are filled once, when a stage ends."""
+    factor = 16
+
+    def __init__(self, encoder, decoder, d=32, hidden=None):
+        super().__init__()
+        self.d = d
+        self.arguments = dict(encoder=encoder, decoder=decoder, d=d, hidden=hidden)  # plain: what rebuilds the model
+        self.encoder = DINOv2(**encoder)
+        self.adapter = Adapter(self.encoder.dim, d, hidden or self.encoder.dim)
+        self.decoder = Decoder(d=d, **decoder).to(memory_format=torch.channels_last)
+        self.register_buffer("latent_mean", torch.zeros(d))
+        self.register_buffer("latent_std", torch.zeros(d))  # zero: not yet computed
+        self.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def load(cls, path):
+        """The tokenizer in a checkpoint of train_tokenizer.py, on the CPU and in eval mode; needs nothing but the file."""
+        content = load_file(path, "tokenizer")
+        if not {"tokenizer", "arguments"} <= content.keys():
+            raise UserError(f"{path} is not a tokenizer's checkpoint (expected runs/tokenizer/stage3.pt or like it)")
+        tokenizer = cls(**content["arguments"])
+        load_strictly(tokenizer, content["tokenizer"], path)
+        return tokenizer.eval()
+
+    def features(self, x):
+        """E_p(x): patch tokens (B, N, D) before the adapter. The image is resized so that 14 px see what 16 px showed."""
+        H, W = x.shape[-2:]
+        if H % self.factor or W % self.factor:
+            raise UserError(f"image sides must be divisible by {self.factor}, not {H}x{W}")
+        x = ((x.float() + 1) / 2 - self.pixel_mean) / self.pixel_std
+        size = (H // self.factor * self.encoder.patch, W // self.factor * self.encoder.patch)  # 256 -> 224
+        x = F.interpolate(x, size, mode="bicubic", antialias=True)
+        return self.encoder(x)[1]
+
+    def adapt(self, tokens, h, w):
+        """A: patch tokens (B, N, D) -> z0 (B, d, h, w)."""
+        return self.adapter(tokens).transpose(1, 2).reshape(-1, self.d, h, w)
+
+    def encode(self, x):
+        """Images (B, 3, H, W) in [-1, 1] -> z0 (B, d, h, w), not normalised."""
+        return self.adapt(self.features(x), x.shape[-2] // self.factor, x.shape[-1] // self.factor)
+
+    def decode(self, z):
+        """z0 (B, d, h, w), not normalised -> images (B, 3, H, W), [-1, 1] up to a little overshoot."""
+        return self.decoder(z)
+
+    def normalize(self, z):
+        """z0 -> latents of mean 0 and standard deviation 1 per channel, which the generator learns."""
+        return (z - self._statistics(0)) / self._statistics(1)
+
+    def unnormalize(self, z):
+        """The inverse of normalize: what decode takes."""
+        return z * self._statistics(1) + self._statistics(0)
+
+    def _statistics(self, i):
+        if not self.latent_std.any():
+            raise UserError("the tokenizer has no latent statistics: it comes from a stage that did not finish")
+        return (self.latent_mean, self.latent_std)[i].view(-1, 1, 1)
+
+    def forward(self, x):
+        """x -> (x^, z0, pre-adapter tokens): one call, so that DDP sees every trained part."""
+        tokens = self.features(x)  # (B, N, D)
+        z = self.adapt(tokens, x.shape[-2] // self.factor, x.shape[-1] // self.factor)  # (B, d, h, w)
+        return self.decode(z), z, tokens
+
+    def checkpoint_activations(self, on=True):
+        self.encoder.checkpointing = self.decoder.checkpointing = on
+
+    def fingerprint(self):
+        """A short hash of all that makes the latents: encoder, adapter, statistics. Stage 3 does not change it."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            if not name.startswith("decoder."):
+                digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------ LightningDiT
+
+# ------------------------------------------------------------------------------------------------- named sizes
+
+# name: arguments of DINOv2 (the register variants, name_reg4, add registers=4)
+ENCODERS = {
+    "tiny14": dict(dim=192, depth=4, grid=4),  # of the preset tiny; no official weights
+    "vits14": dict(dim=384, depth=12),  # 22,056,576 parameters
+    "vitb14": dict(dim=768, depth=12),  # 86,580,480
+    "vitl14": dict(dim=1024, depth=24),  # 304,368,640
+    "vitg14": dict(dim=1536, depth=40, swiglu=True),  # 1,136,480,768
+}
+DINOV2_SHA256 = {
+    "vits14": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    "vitb14": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    "vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+}
+
+# name: arguments of Decoder and Encoder but d
+DECODERS = {
+    "tiny": dict(ch=32, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=1),
+    "vavae": dict(ch=128, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=2),  # decoder 41,417,603, encoder 28,413,248
+}
