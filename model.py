@@ -526,6 +526,194 @@ class Tokenizer(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------ LightningDiT
 
+def sincos_embedding(h, w, dim, device=None):
+    """The fixed position embedding (1, h*w, D): the first D/2 dims encode the column, the last D/2 the row, each half
+    [sin, cos] of D/4 frequencies (base 10000). In fp64 up to the cast, as the official one."""
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
+    row = torch.arange(h, device=device).repeat_interleave(w)[:, None] * frequency  # (h*w, D/4)
+    column = torch.arange(w, device=device).repeat(h)[:, None] * frequency
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)[None].float()
+
+
+def rope_tables(h, w, head_dim, device=None):
+    """cos and sin (h*w, head_dim) of the rotary embedding: the first half of a head turns with the row, the second with
+    the column; each of the head_dim/4 frequencies (base 10000) serves a pair of neighbours."""
+    half = head_dim // 2
+    frequency = 10000.0 ** -(torch.arange(0, half, 2, dtype=torch.float64, device=device) / half)
+    row = torch.arange(h, device=device).repeat_interleave(w)[:, None] * frequency  # (h*w, head_dim/4)
+    column = torch.arange(w, device=device).repeat(h)[:, None] * frequency
+    angles = torch.cat([row, column], dim=1).repeat_interleave(2, dim=1)  # (h*w, head_dim)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of neighbours (a, b) of x (..., N, head_dim) by its angle: (a cos - b sin, b cos + a sin)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
+
+
+def modulate(x, shift, scale):
+    """adaLN: x (B, N, D) under the condition's shift and scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; the quotient in fp32 whatever the autocast."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        y = x.float()
+        return (y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype) * self.weight
+
+
+class RotaryAttention(nn.Module):
+    """Self-attention whose queries and keys carry their place in the grid; qk_norm keeps long trainings finite."""
+
+    def __init__(self, dim, heads, qk_norm):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm, self.k_norm = (RMSNorm(dim // heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, cos, sin):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, D/heads)
+        q, k = (rotate(norm(y), cos, sin).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class DiTBlock(nn.Module):
+    """Attention and SwiGLU, each shifted, scaled and gated by the condition: adaLN-Zero (Peebles & Xie 2023)."""
+
+    def __init__(self, dim, heads, qk_norm):
+        super().__init__()
+        self.norm1 = RMSNorm(dim)
+        self.attn = RotaryAttention(dim, heads, qk_norm)
+        self.norm2 = RMSNorm(dim)
+        self.mlp = SwiGLU(dim, int(2 / 3 * (4 * dim)))  # 2/3: as many parameters as an MLP of 4D
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c, cos, sin):  # x (B, N, D), c (B, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), cos, sin)
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, dim, out):
+        super().__init__()
+        self.norm_final = RMSNorm(dim)
+        self.linear = nn.Linear(dim, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (B, N, out)
+
+
+class TimeEmbedder(nn.Module):
+    """t (B,) in [0, 1] -> (B, D): 128 cosines, then 128 sines, of t itself (DiT scales its time by 1000), and an MLP."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t):
+        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        angles = t.float()[:, None] * frequency  # (B, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+class LightningDiT(nn.Module):
+    """v(z_t, t): the transformer of LightningDiT (Yao, Yang & Wang 2025), which the paper trains on its latents.
+
+    grid: sides (h, w) of the latents it is built for, others work too; d: their channels; num_classes: K, 0 for an
+    unconditional model; patch: side of a token in latent positions. The class K means "no class": it takes part in
+    training where labels are dropped, and is the other end of guidance."""
+
+    def __init__(self, dim, depth, heads, d=32, num_classes=1000, grid=(16, 16), patch=1, qk_norm=False):
+        super().__init__()
+        self.arguments = dict(dim=dim, depth=depth, heads=heads, d=d, num_classes=num_classes, grid=list(grid),
+                              patch=patch, qk_norm=qk_norm)  # plain: what rebuilds the model
+        self.dim, self.heads, self.d, self.num_classes, self.patch = dim, heads, d, num_classes, patch
+        self.grid = (grid[0] // patch, grid[1] // patch)  # in tokens
+        self.checkpointing = False
+        self.x_embedder = PatchEmbed(patch, d, dim)
+        self.t_embedder = TimeEmbedder(dim)
+        if num_classes:
+            self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, dim)})
+        # Fixed, yet a parameter and buffers: the official files hold them.
+        self.pos_embed = nn.Parameter(sincos_embedding(*self.grid, dim), requires_grad=False)
+        self.feat_rope = nn.Module()
+        for name, table in zip(("freqs_cos", "freqs_sin"), rope_tables(*self.grid, dim // heads)):
+            self.feat_rope.register_buffer(name, table)
+        self.blocks = nn.ModuleList(DiTBlock(dim, heads, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(dim, patch * patch * d)
+        self.initialise()
+
+    def initialise(self):
+        # Xavier keeps the variance through the linear maps; the patch convolution is one, once it is flattened
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(m.weight.flatten(1))
+                nn.init.zeros_(m.bias)
+        # the condition starts small beside the tokens, whatever the number of classes
+        for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        if self.num_classes:
+            nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
+        # adaLN-Zero: every gate is shut, so that every block is the identity; and the first output is 0
+        for m in (*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1],
+                  self.final_layer.linear):
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
+
+    def positions(self, h, w):
+        """The position embedding (1, h*w, D) and RoPE's cos and sin (h*w, D/heads) for h x w tokens."""
+        if (h, w) == self.grid:
+            return self.pos_embed, self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
+        device = self.pos_embed.device
+        return sincos_embedding(h, w, self.dim, device), *rope_tables(h, w, self.dim // self.heads, device)
+
+    def forward(self, z_t, t, y=None):
+        """Normalised noisy latents z_t (B, d, H, W), t (B,) in the paper's time (0 data, 1 noise), classes y (B,) in
+        [0, K] (K: none; an unconditional model takes no y) -> the paper's velocity v = z1 - z0 (B, d, H, W).
+
+        An official checkpoint has learned the other direction: v(z_t, t, y) = -official(z_t, 1 - t, y)."""
+        B, d, H, W = z_t.shape
+        if d != self.d or H % self.patch or W % self.patch:
+            raise UserError(f"this LightningDiT takes latents of {self.d} channels with sides divisible by {self.patch}, "
+                            f"not {d}x{H}x{W}")
+        h, w = H // self.patch, W // self.patch
+        pos_embed, cos, sin = self.positions(h, w)
+        x = self.x_embedder(z_t) + pos_embed  # (B, N, D)
+        c = self.t_embedder(t)  # (B, D)
+        if self.num_classes:
+            c = c + self.y_embedder["embedding_table"](y)
+        for block in self.blocks:
+            again = self.checkpointing and self.training
+            x = checkpoint(block, x, c, cos, sin, use_reentrant=False) if again else block(x, c, cos, sin)
+        x = self.final_layer(x, c)  # (B, N, p*p*d)
+        return x.view(B, h, w, self.patch, self.patch, d).permute(0, 5, 1, 3, 2, 4).reshape(B, d, H, W)
+
+
+def dit_arguments(state):
+    """The arguments of LightningDiT that fit a state dict, an official one too: they follow from names and shapes.
+
+    Only the grid does not (N tokens are h*w of some h and w): a square one is assumed."""
+    dim, d, patch, _ = state["x_embedder.proj.weight"].shape
+    tokens, head_dim = state["feat_rope.freqs_cos"].shape
+    table = state.get("y_embedder.embedding_table.weight")
+    return dict(dim=dim, depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+                heads=dim // head_dim, d=d, num_classes=0 if table is None else len(table) - 1,
+                grid=[math.isqrt(tokens) * patch] * 2, patch=patch, qk_norm="blocks.0.attn.q_norm.weight" in state)
+
+
 # ------------------------------------------------------------------------------------------------- named sizes
 
 # name: arguments of DINOv2 (the register variants, name_reg4, add registers=4)

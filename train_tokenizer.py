@@ -1,0 +1,996 @@
+"""Aligns a frozen DINOv2 into an image tokenizer, in the three stages of AlignTok (Section 3, Figure 2).
+
+    stage 1  latent alignment       E_p frozen; A and D train with L_rec              -> a semantic latent space
+    stage 2  perceptual alignment   E_p, A, D train with L_rec + w_sp L_sp, EMA       -> details, without forgetting
+    stage 3  decoder refinement     D alone trains with L_rec; the latents stay       -> sharper reconstructions
+
+On a CPU, nothing to download, a few minutes:   python train_tokenizer.py --preset tiny --stage all
+One GPU:                 python train_tokenizer.py --stage all --data data/imagenet/train --accum 8
+Eight GPUs, stage 2:     torchrun --nproc_per_node 8 train_tokenizer.py --stage 2
+
+A run is a folder, runs/tokenizer: stage{1,2,3}.pt (each a whole tokenizer: Tokenizer.load reads it), the last two
+stage*_step*.pt of each stage (they resume), log.csv, and PNG grids (originals above, reconstructions below).
+Repeating a command resumes it. All randomness is a function of (seed, purpose, stage, epoch, image): neither a resume
+nor the number of workers or ranks changes what a step sees.
+
+Choices where the paper is silent (README, "Choices"): steps, batch, learning rate and discriminator are VA-VAE's in
+spirit; EMA serves stages 2 and 3; D's warm-up is counted through the stages; D is updated on the batch G just made.
+
+Legend: B batch, H W image sides, N tokens, D width, d latent channels, h w latent sides.
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import fcntl
+import hashlib
+import os
+import signal
+import sys
+import time
+import zlib
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import losses
+from model import DECODERS, ENCODERS, DINOv2, Tokenizer, UserError, find_weights, load_encoder, load_file, load_strictly
+
+# What trains, whether the frozen stage-1 copy is the reference of L_sp, whether the result is the EMA of the weights.
+STAGES = {
+    1: dict(name="latent alignment", trains=("adapter", "decoder"), reference=False, ema=False),
+    2: dict(name="perceptual alignment", trains=("encoder", "adapter", "decoder"), reference=True, ema=True),
+    3: dict(name="decoder refinement", trains=("decoder",), reference=False, ema=True),
+}
+
+# The defaults of the flags of the same name. size: image side in px; disc_ch: width of the discriminator.
+PRESETS = {
+    "tiny": dict(size=64, encoder="tiny14", decoder="tiny", disc_ch=16, data="shapes", steps=(250, 250, 100),
+                 batch_size=32, lr=5e-4, w_p=0.0, disc_start=150, ema_decay=0.98, workers=0, log_every=25,
+                 save_every=100, grid_every=100, val_images=512, probe_images=2048, pretrain_steps=300),
+    "paper": dict(size=256, encoder="vitl14", decoder="vavae", disc_ch=64, data="data/imagenet/train",
+                  steps=(100_000, 200_000, 100_000), batch_size=256, lr=1e-4, w_p=1.0, disc_start=2_500,
+                  ema_decay=0.9999, workers=8, log_every=50, save_every=2_500, grid_every=2_500, val_images=5_000,
+                  probe_images=50_000, pretrain_steps=0),
+}
+
+
+# ------------------------------------------------------------------------------------------------- randomness, images
+
+def rng(*key):
+    """A generator that is a function of its key alone, such as (seed, "augment", stage, epoch, image). Keys are hashed."""
+    return np.random.default_rng([k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key])
+
+
+def load_image(path):
+    """Any image file -> PIL RGB: EXIF orientation applied, transparency on white, 16-bit grey scaled to 8."""
+    try:
+        with Image.open(path) as img:
+            img = ImageOps.exif_transpose(img)
+            if img.mode.startswith("I") or img.mode == "F":  # 16 bits in all files that are seen in practice
+                img = Image.fromarray((np.asarray(img, np.float32) / 257).clip(0, 255).astype(np.uint8))
+            if img.has_transparency_data:
+                img = img.convert("RGBA")
+                img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
+            return img.convert("RGB")
+    except Exception as e:  # whatever a broken file makes of PIL's decoders
+        raise UserError(f"unreadable image {path}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+
+
+def resize_short_side(img, size):
+    """ADM's resize: halve with a box filter while at least twice too large, then bicubic to short side `size`."""
+    while min(img.size) >= 2 * size:
+        img = img.resize((img.width // 2, img.height // 2), Image.BOX)
+    scale = size / min(img.size)
+    return img.resize((round(img.width * scale), round(img.height * scale)), Image.BICUBIC)
+
+
+def center_crop(img, size):
+    """ADM's centre crop, for evaluation and for latents: PIL RGB -> PIL RGB of size x size."""
+    img = resize_short_side(img, size)
+    left, top = (img.width - size) // 2, (img.height - size) // 2
+    return img.crop((left, top, left + size, top + size))
+
+
+def random_crop(img, size, r):
+    """For tokenizer training: a random crop of the short-side resize, flipped half of the time."""
+    img = resize_short_side(img, size)
+    left, top = r.integers(img.width - size + 1), r.integers(img.height - size + 1)
+    img = img.crop((left, top, left + size, top + size))
+    return ImageOps.mirror(img) if r.random() < 0.5 else img
+
+
+def to_tensor(img):
+    """PIL RGB -> float (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(img)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float (B, 3, H, W) in [-1, 1] -> uint8 numpy (B, H, W, 3), rounded and clipped, as it would be saved."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_grid(rows, path):
+    """Writes a PNG: each of `rows` is (n, 3, H, W) in [-1, 1], one row of the picture."""
+    rows = [np.concatenate(list(to_uint8(row)), axis=1) for row in rows]
+    write_atomically(path, lambda f: Image.fromarray(np.concatenate(rows)).save(f, "PNG"))
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def list_images(root):
+    """All image files below a folder, sorted by name."""
+    if not Path(root).is_dir():
+        raise UserError(f"data folder not found: {root} (--data DIR: images in one folder per class, or flat)")
+    files = sorted(os.path.join(d, f) for d, _, names in os.walk(root, followlinks=True) for f in names
+                   if os.path.splitext(f)[1].lower() in IMAGE_TYPES and not f.startswith("."))
+    if not files:
+        raise UserError(f"no images in {root} (looked for {' '.join(sorted(IMAGE_TYPES))})")
+    return files
+
+
+class Folder:
+    """Image files. With one folder per class: labels and classes, in sorted order; flat: labels None."""
+
+    def __init__(self, root, files=None):
+        self.root, self.files = str(root), files or list_images(root)
+        parts = [os.path.relpath(f, root).split(os.sep) for f in self.files]
+        self.classes = sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
+        index = {name: i for i, name in enumerate(self.classes)}
+        self.labels = [index[p[0]] for p in parts] if self.classes else None
+        self.identity = hashlib.sha256("\n".join("/".join(p) for p in parts).encode()).hexdigest()[:16]
+
+    def __len__(self):
+        return len(self.files)
+
+    def image(self, i):
+        return load_image(self.files[i])
+
+
+def _ngon(n, inner=None):
+    """A regular polygon, or with `inner` a star; the unit circle around it."""
+    angles = np.arange(n * (2 if inner else 1)) * 2 * np.pi / (n * (2 if inner else 1))
+    radii = np.where(np.arange(len(angles)) % 2, inner, 1.0) if inner else 1.0
+    return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
+
+
+_turn = np.linspace(0, 2 * np.pi, 48)
+_circle = _ngon(48)
+
+
+class Shapes:
+    """The built-in data: one filled shape on a background, drawn on the fly, image i a function of (split, i).
+
+    Semantics: the shape (12 classes, closed under rotation and flip). Nuisance: the colours and textures of shape and
+    ground, size, place, rotation. Each part is a polygon; a second polygon, where there is one, is cut out."""
+    SHAPES = {
+        "circle": [_circle], "ring": [_circle, 0.6 * _circle], "crescent": [_circle, 0.85 * _circle + [0.45, 0]],
+        "triangle": [_ngon(3)], "square": [_ngon(4)], "pentagon": [_ngon(5)], "star": [_ngon(5, 0.42)],
+        "frame": [_ngon(4), 0.6 * _ngon(4)],
+        "cross": [np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3),
+                            (-1, .3), (-1, -.3), (-.3, -.3)])],
+        "heart": [np.stack([np.sin(_turn) ** 3, -(13 * np.cos(_turn) - 5 * np.cos(2 * _turn) - 2 * np.cos(3 * _turn)
+                                                  - np.cos(4 * _turn)) / 16], axis=1)],
+        "arrow": [np.array([(0, -1), (.8, -.1), (.3, -.1), (.3, 1), (-.3, 1), (-.3, -.1), (-.8, -.1)])],
+        "ell": [np.array([(-.8, -1), (-.2, -1), (-.2, .4), (.8, .4), (.8, 1), (-.8, 1)])],
+    }
+
+    def __init__(self, split="train", n=8192, size=64):
+        self.split, self.n, self.size = split, n, size
+        self.classes = list(self.SHAPES)
+        self.labels = [i % len(self.classes) for i in range(n)]
+        self.identity = f"shapes-{split}-{n}-{size}"
+        self._drawn = {}  # 12 KB an image at 64 px: an image is drawn once in a process
+
+    def __len__(self):
+        return self.n
+
+    def image(self, i):
+        if i not in self._drawn:
+            self._drawn[i] = self._draw(i)
+        return Image.fromarray(self._drawn[i])
+
+    def _draw(self, i):
+        r, S = rng("shapes", self.split, i), self.size
+        colours = r.random((2, 2, 3))  # (ground or shape, its two colours, RGB)
+        while np.abs(colours[0].mean(0) - colours[1].mean(0)).max() < 0.35:  # the shape must be seen
+            colours = r.random((2, 2, 3))
+        colours[:, 1] = colours[:, 0] + 0.5 * (colours[:, 1] - colours[:, 0])
+        ground, shape = (self._texture(r, a, b) for a, b in colours)
+        radius, angle = S * r.uniform(0.24, 0.42), r.uniform(0, 2 * np.pi)
+        place = r.uniform(radius, S - radius, 2)
+        turn = radius * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        canvas = Image.new("L", (4 * S, 4 * S))  # four times too large, then averaged: smooth edges
+        for part, fill in zip(self.SHAPES[self.classes[self.labels[i]]], (255, 0)):
+            ImageDraw.Draw(canvas).polygon([tuple(p) for p in 4 * (part @ turn + place)], fill=fill)
+        mask = np.asarray(canvas.reduce(4), np.float32)[..., None] / 255
+        return ((mask * shape + (1 - mask) * ground) * 255).round().clip(0, 255).astype(np.uint8)
+
+    def _texture(self, r, a, b):
+        """(S, S, 3) in [0, 1] between colours a and b: flat, gradient, stripes, checks or clouds."""
+        y, x = np.mgrid[:self.size, :self.size] / self.size
+        angle, waves = r.uniform(0, np.pi), r.uniform(3, 7)
+        along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        kind = r.integers(5)
+        if kind == 4:
+            t = np.asarray(Image.fromarray(r.random((6, 6)).astype(np.float32)).resize((self.size,) * 2, Image.BICUBIC))
+        else:
+            t = (np.zeros_like(x), (along + 1) / 2, np.sin(2 * np.pi * waves * along) > 0,
+                 (np.sin(2 * np.pi * waves * along) > 0) ^ (np.sin(2 * np.pi * waves * across) > 0))[kind]
+        return a + (b - a) * np.asarray(t, np.float32)[..., None]
+
+
+def open_data(data, val, size, val_images):
+    """(train, validation). Held out are, in this order: --val DIR; the folder `val` beside a folder `train`; else a
+    fixed random 5 % of the files (at most val_images), which then do not train."""
+    if data == "shapes":
+        return Shapes("train", size=size), Shapes("val", n=val_images, size=size)
+    root = Path(data)
+    if val is None and root.name == "train" and (root.parent / "val").is_dir():
+        val = root.parent / "val"
+    if val is not None:
+        train, held_out = Folder(root), Folder(val)
+        if held_out.classes and held_out.classes != train.classes:
+            raise UserError(f"{val} and {root} hold different classes")
+        return train, held_out
+    files = list_images(root)
+    if len(files) < 2:
+        raise UserError(f"{root} holds one image; at least two are needed, one of them to validate on")
+    order = rng("held out").permutation(len(files))
+    n = min(val_images, max(1, len(files) // 20))
+    train, held_out = (Folder(root, [files[i] for i in sorted(part)]) for part in (order[n:], order[:n]))
+    if train.classes != held_out.classes:  # too few images for every class to be in both: no probe
+        held_out.labels = None
+    return train, held_out
+
+
+class View(Dataset):
+    """What a DataLoader reads: item (epoch, i) is image i, cropped for training with the key's randomness, or with no
+    key centre-cropped. An unreadable image is returned as the text of its error: a worker has no better way."""
+
+    def __init__(self, data, size, key=None):
+        self.data, self.size, self.key = data, size, key
+
+    def __getitem__(self, item):
+        epoch, i = item
+        try:
+            img = self.data.image(i)
+        except UserError as e:
+            return str(e)
+        img = center_crop(img, self.size) if self.key is None else random_crop(img, self.size, rng(*self.key, epoch, i))
+        return to_tensor(img), self.data.labels[i] if self.data.labels else 0
+
+
+class Order:
+    """The endless order of images, as batches for one rank: position k is image k mod n of the shuffle of its epoch.
+
+    A global batch is `accum` micro-batches in a row, each split over the ranks in a row."""
+
+    def __init__(self, n, batch_size, key, first_step=0, accum=1, rank=0, world=1):
+        self.n, self.key, self.start = n, key, first_step * batch_size
+        self.micro, self.rank, self.world = batch_size // accum, rank, world
+        self.shuffles = {}
+
+    def __getitem__(self, k):
+        epoch, within = divmod(k, self.n)
+        if epoch not in self.shuffles:
+            self.shuffles = {e: s for e, s in self.shuffles.items() if e == epoch - 1}
+            self.shuffles[epoch] = rng(*self.key, epoch).permutation(self.n)
+        return epoch, int(self.shuffles[epoch][within])
+
+    def __iter__(self):
+        local, first = self.micro // self.world, self.start
+        while True:
+            yield [self[first + self.rank * local + j] for j in range(local)]
+            first += self.micro
+
+
+def collate(items):
+    broken = [item for item in items if isinstance(item, str)]
+    if broken:
+        return broken[0]
+    return torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
+
+
+def batches(view, order, workers, device):
+    """Yields (images, labels) on the device; an unreadable image ends the run, by name, before its step."""
+    loader = DataLoader(view, batch_sampler=order, num_workers=workers, collate_fn=collate,
+                        pin_memory=device.type == "cuda", persistent_workers=False)
+    for batch in loader:
+        if isinstance(batch, str):
+            raise UserError(batch)
+        yield batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+
+
+def in_order(n, batch_size):
+    """Batches of the images 0..n-1, once, for evaluation."""
+    return [[(0, i) for i in range(first, min(first + batch_size, n))] for first in range(0, n, batch_size)]
+
+
+# ------------------------------------------------------------------------------------------------ ranks, runs, files
+
+def setup_ranks():
+    """(rank, world size, device). Under torchrun it joins the process group: NCCL on GPUs, gloo on CPUs."""
+    cuda = torch.cuda.is_available()
+    if "LOCAL_RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if cuda else "cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def wrap(module, device):
+    """DistributedDataParallel under torchrun, else the module itself. Buffers agree by construction."""
+    if not dist.is_initialized():
+        return module
+    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None,
+                                   broadcast_buffers=False)
+
+
+def no_sync(module, skip):
+    """Gradients are averaged over the ranks at the last micro-batch only."""
+    return module.no_sync() if skip and isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def autocast_dtype(name, device):
+    """--dtype: auto is bf16 where the hardware multiplies it natively (Ampere GPUs, CPUs with AVX512-BF16), else fp32."""
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
+            getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        name = "bf16" if native else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file and then renames it: `path` is the old file or the new one, never a half."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
+
+
+def save_checkpoint(path, content):
+    """Plain dicts of tensors, numbers and strings, atomically."""
+    write_atomically(path, lambda f: torch.save(content, f))
+
+
+class Run:
+    """A folder with its log.csv and its checkpoints PREFIX_step*.pt, of which the last two are kept. Rank 0 writes."""
+
+    def __init__(self, out, rank, columns):
+        self.out, self.rank, self.columns = Path(out), rank, columns
+        self.stopping = False  # set by SIGTERM or Ctrl-C, obeyed at the next step boundary
+        if rank == 0:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.lock = open(self.out / ".lock", "w")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is writing to {out}; choose another --out or wait for it") from None
+            except OSError as e:
+                raise UserError(f"cannot write to --out {out}: {e.strerror}") from None
+        for s in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(s, self._stop)
+
+    def _stop(self, *_):
+        if self.stopping:  # a second signal does not wait
+            sys.exit(1)
+        self.stopping = True
+
+    def should_stop(self):
+        """Whether any rank was asked to stop; a flag on the CPU, so that no GPU waits."""
+        if not dist.is_initialized():
+            return self.stopping
+        flag = torch.tensor(float(self.stopping))
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+    def checkpoints(self, prefix):
+        return sorted(self.out.glob(f"{prefix}_step*.pt"))
+
+    def save(self, prefix, step, content):
+        if self.rank == 0:
+            save_checkpoint(self.out / f"{prefix}_step{step:08d}.pt", content)
+            for old in self.checkpoints(prefix)[:-2]:
+                old.unlink()
+
+    def resume(self, prefix, now):
+        """The content of the newest good checkpoint, or None. `now`: the arguments that must be the same as then."""
+        for path in reversed(self.checkpoints(prefix)):
+            try:
+                content = load_file(path)
+            except UserError as e:
+                print(f"WARNING: {e}; trying the checkpoint before it", file=sys.stderr)
+                continue
+            check_same(content["run"], now, path)
+            return content
+        if self.checkpoints(prefix):
+            raise UserError(f"no checkpoint {prefix}_step*.pt in {self.out} can be read; --overwrite starts again")
+        return None
+
+    def last_good(self, prefix):
+        return max(self.checkpoints(prefix), default="none")
+
+    def log(self, row):
+        if self.rank == 0:
+            new = not (self.out / "log.csv").exists()
+            with open(self.out / "log.csv", "a", newline="") as f:
+                writer = csv.DictWriter(f, self.columns)
+                if new:
+                    writer.writeheader()
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+    def rewind_log(self, *position):
+        """Keeps the rows up to a position, the values of the first columns, such as (stage, step)."""
+        log = self.out / "log.csv"
+        if self.rank == 0 and log.exists():
+            head, *rows = log.read_text().splitlines(keepends=True)
+            if head.strip() != ",".join(self.columns):
+                raise UserError(f"{log} has other columns than this run writes; move it away or choose another --out")
+            rows = [r for r in rows if r.endswith("\n") and tuple(map(int, r.split(",")[:len(position)])) <= position]
+            write_atomically(log, lambda f: f.write("".join([head, *rows]).encode()))
+
+
+def check_same(then, now, path):
+    """Refuses to go on from `path` with other arguments, naming them."""
+    changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+    if changed:
+        raise UserError(f"{path} was made with other arguments ({', '.join(changed)}); "
+                        "repeat them, choose another --out, or --overwrite")
+
+
+class Meter:
+    """Sums of the losses on the device between two log steps, and the first step whose loss was not finite.
+
+    Nothing here waits for the device until `average` or `check` is called."""
+
+    def __init__(self, device):
+        self.sums, self.count = {}, 0
+        self.bad = torch.full((), 2 ** 62, device=device)
+
+    def add(self, step, parts):
+        total = sum(parts.values())
+        self.bad = torch.where(torch.isfinite(total), self.bad, self.bad.clamp(max=step))
+        self.sums = {k: self.sums.get(k, 0) + v.double() for k, v in parts.items()}
+        self.count += 1
+
+    def check(self, run, prefix):
+        """Stops all ranks together if any loss has been NaN or infinite since the start."""
+        if dist.is_initialized():
+            dist.all_reduce(self.bad, dist.ReduceOp.MIN)
+        if self.bad < 2 ** 62:
+            raise UserError(f"the loss is not finite since step {int(self.bad)}; nothing of it was saved; last good "
+                            f"checkpoint: {run.last_good(prefix)} (try a lower --lr, or --dtype fp32)")
+
+    def state(self):
+        """Sums averaged over the ranks, as numbers."""
+        values = losses.average_over_ranks(torch.stack(list(self.sums.values()))).tolist() if self.sums else []
+        return dict(sums=dict(zip(self.sums, values)), count=self.count)
+
+    def load(self, state):
+        self.sums = {k: torch.tensor(v, dtype=torch.float64, device=self.bad.device) for k, v in state["sums"].items()}
+        self.count = state["count"]
+
+    def average(self):
+        state = self.state()
+        self.sums, self.count = {}, 0
+        return {k: v / state["count"] for k, v in state["sums"].items()}
+
+
+def rng_states():
+    """The state of torch's generator on every rank (nothing in a step draws from it; kept for what users add)."""
+    mine = torch.get_rng_state()
+    if not dist.is_initialized():
+        return [mine]
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    return every
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """ema <- decay * ema + (1 - decay) * model, for the parameters that train; frozen ones are equal already."""
+    pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+    torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
+
+
+def assert_finite(module, run, prefix):
+    """Before a checkpoint: a bad gradient shows in the weights before it shows in a loss."""
+    finite = torch.stack([p.isfinite().all() for p in module.parameters()]).all()
+    if not finite:
+        raise UserError(f"weights are not finite; nothing of it was saved; last good checkpoint: {run.last_good(prefix)}")
+
+
+def run(main):
+    """Runs a script's main: a user's mistake is one line on stderr and exit status 1, not a traceback."""
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------- linear probe
+
+@torch.no_grad()
+def encode_means(tokenizer, view, n, workers, device, batch_size=64):
+    """Encodes n images spread evenly over the view. Returns the means over positions of latents (n, d) and of
+    pre-adapter tokens (n, D), the labels (n,), and the latents' mean and std per channel (d,), all on the CPU."""
+    chosen = np.linspace(0, len(view.data) - 1, min(n, len(view.data))).astype(int).tolist()
+    order = [[(0, i) for i in chosen[first:first + batch_size]] for first in range(0, len(chosen), batch_size)]
+    latents, tokens, labels, moments = [], [], [], 0
+    for x, y in batches(view, order, workers, device):
+        t = tokenizer.features(x)  # (B, N, D)
+        z = tokenizer.adapter(t).double()  # (B, N, d)
+        moments = moments + torch.stack([torch.ones_like(z), z, z.square()]).sum((1, 2))  # (3, d)
+        latents.append(z.float().mean(1).cpu())
+        tokens.append(t.float().mean(1).cpu())
+        labels.append(y.cpu())
+    count, total, squares = moments.cpu()
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt()
+    return torch.cat(latents), torch.cat(tokens), torch.cat(labels), (mean.float(), std.float())
+
+
+def linear_probe(train_x, train_y, val_x, val_y):
+    """Top-1 accuracy in per cent of a linear classifier on features (n, C) with labels (n,), trained on the train part.
+
+    The protocol (a choice; the paper states none): features averaged over the tokens, BatchNorm without affine (the
+    train set's mean and variance), one linear layer, softmax regression to convergence by L-BFGS from zero, weight
+    decay 1e-4. No randomness."""
+    mean, std = train_x.mean(0), train_x.std(0, correction=0) + 1e-5
+    train_x, val_x = (train_x - mean) / std, (val_x - mean) / std
+    linear = nn.Linear(train_x.shape[1], int(train_y.max()) + 1)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimiser = torch.optim.LBFGS(linear.parameters(), max_iter=200, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = 0.0
+        for x, y in zip(train_x.split(65536), train_y.split(65536)):  # ImageNet's logits need not fit at once
+            part = F.cross_entropy(linear(x), y, reduction="sum") / len(train_x)
+            part.backward()
+            loss += part.item()
+        decay = 0.5e-4 * linear.weight.square().sum()
+        decay.backward()
+        return loss + decay.item()
+
+    optimiser.step(closure)
+    with torch.no_grad():
+        return 100 * (linear(val_x).argmax(1) == val_y).float().mean().item()
+
+
+# ------------------------------------------------------------------------------------------------------ validation
+
+@torch.no_grad()
+def validate(tokenizer, data, held_out, args, device, lpips):
+    """The line at the end of a stage: held-out L_rec without its GAN term, PSNR, SSIM, and the linear probe of the
+    latents (Figure 3) with that of the pre-adapter tokens beside it. It also fills the latent statistics. In fp32."""
+    tokenizer.eval()
+    z, t, y, (mean, std) = encode_means(tokenizer, View(data, args.size), args.probe_images, args.workers, device)
+    if tokenizer.latent_std.any() and args.stage == 3:
+        pass  # stage 3 leaves encoder and adapter alone: the statistics stay, and with them the fingerprint
+    else:
+        tokenizer.latent_mean.copy_(mean)
+        tokenizer.latent_std.copy_(std)
+    view, n = View(held_out, args.size), min(args.val_images, len(held_out))
+    sums = {"rec": 0.0, "psnr": 0.0, "ssim": 0.0}
+    for x, _ in batches(view, in_order(n, 32), args.workers, device):
+        recon = tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)
+        sums["rec"] += losses.reconstruction_loss(x, recon, lpips, args.w_p)[0].item() * len(x)
+        sums["psnr"] += losses.psnr(x, recon).sum().item()
+        sums["ssim"] += losses.ssim(x, recon).sum().item()
+    result = {k: v / n for k, v in sums.items()}
+    if data.labels and held_out.labels:
+        vz, vt, vy, _ = encode_means(tokenizer, view, args.val_images, args.workers, device)
+        result["probe"] = linear_probe(z, y, vz, vy)
+        result["probe_tokens"] = linear_probe(t, y, vt, vy)
+    return result
+
+
+@torch.no_grad()
+def reconstruction_grid(tokenizer, held_out, args, device, path):
+    x, _ = next(batches(View(held_out, args.size), in_order(min(8, len(held_out)), 8), 0, device))
+    save_grid([x, tokenizer.decode(tokenizer.encode(x))], path)
+
+
+# ---------------------------------------------------------------------------------- the encoder's stand-in pretraining
+
+def pretrain_encoder(encoder, data, args, device):
+    """Trains a small encoder on the labels for a minute, as a STAND-IN for a foundation encoder (preset tiny only).
+
+    Mean patch token, one linear layer, cross-entropy. Colours are scrambled (channels permuted, inverted, scaled), as
+    DINOv2's augmentations do more gently: so the features know shapes and forget colours, which is the gap that stage 2
+    has to close."""
+    torch.manual_seed(args.seed)
+    head = nn.Linear(encoder.dim, len(data.classes)).to(device)
+    model = Tokenizer(ENCODERS[args.encoder], DECODERS["tiny"]).to(device)  # for its features(): the resize is inside
+    model.encoder = encoder.to(device).train()
+    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], 1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, args.pretrain_steps, pct_start=0.1)
+    order = Order(len(data), 128, (args.seed, "pretrain order"))
+    stream = batches(View(data, args.size, (args.seed, "pretrain crop")), order, args.workers, device)
+    dtype = autocast_dtype(args.dtype, device)
+    for step in tqdm(range(args.pretrain_steps), desc="stand-in pretraining", mininterval=1):
+        x, y = next(stream)
+        r = rng(args.seed, "pretrain colour", step)
+        x = x[:, r.permutation(3).tolist()] * float(r.uniform(0.5, 1) * r.choice([-1, 1]))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = head(model.features(x).mean(1)).float()
+        loss = F.cross_entropy(logits, y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    print(f"stand-in pretraining: last batch loss {loss.item():.3f}, accuracy {(logits.argmax(1) == y).float().mean():.1%}")
+
+
+def stage1_encoder(args, data, run_, rank, device):
+    """E_p and its arguments: official or from a file; or, for the preset tiny, the stand-in trained here, once."""
+    if args.encoder != "tiny14":
+        return load_encoder(args.encoder)
+    path = run_.out / "encoder.pt"
+    if not path.exists() and rank == 0:
+        if not data.labels:
+            raise UserError("the stand-in encoder is trained on labels: give --data with a folder per class, or --encoder")
+        print("NOTE: the preset tiny has no foundation encoder. A small one of the DINOv2 class is trained on the labels "
+              "first, as a stand-in; its figures say nothing about DINOv2.")
+        torch.manual_seed(args.seed)
+        encoder = DINOv2(**ENCODERS["tiny14"])
+        pretrain_encoder(encoder, data, args, device)
+        save_checkpoint(path, encoder.state_dict())
+    if dist.is_initialized():
+        dist.barrier()
+    return load_encoder(str(path))
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+def training_step(x, s, args, gan, last):
+    """Figure 2, one micro-batch: backward through L_rec + w_sp L_sp, then through the discriminator's loss.
+
+    x: (B, 3, H, W). s: the stage's networks (see train_stage). gan: whether the adversarial terms are on yet. last:
+    whether this micro-batch completes the global batch. Returns what is logged, as scalars on the device."""
+    with no_sync(s.generator, not last), no_sync(s.critic, not last):
+        with s.autocast():
+            recon, z, tokens = s.generator(x)  # x^ (B, 3, H, W), z0* (B, d, h, w), E_p(x) (B, N, D)
+        recon = recon.float()
+
+        # Eq. 1: L_rec = L1 + w_p L_perceptual + w_g L_GAN, w_g = --w-g times the ratio of the gradients
+        with s.autocast():
+            loss, l1, perceptual = losses.reconstruction_loss(x, recon, s.lpips, args.w_p)
+        log = dict(l1=l1, perceptual=perceptual, rec=loss)
+        if gan:
+            s.discriminator.requires_grad_(False)  # no gradient of G's loss in D's parameters
+            with s.autocast():
+                g_loss = losses.hinge_g(s.discriminator(recon))
+            adaptive = losses.adaptive_weight(loss, g_loss, s.tokenizer.decoder.conv_out.weight)
+            loss = loss + args.w_g * adaptive * g_loss
+            log.update(g_loss=g_loss, adaptive=adaptive)
+
+        # Stage 2: + w_sp L_sp, against the frozen stage-1 encoder and adapter
+        if s.reference is not None:
+            with torch.no_grad(), s.autocast():
+                tokens_ref = s.reference.features(x)
+                z_ref = s.reference.adapt(tokens_ref, *z.shape[-2:])
+            if args.sp_at == "adapter":
+                l_sp = losses.semantic_preservation(z, z_ref, args.sp_loss, dim=1)
+            else:
+                l_sp = losses.semantic_preservation(tokens, tokens_ref, args.sp_loss, dim=-1)
+            loss = loss + args.w_sp * l_sp
+            log.update(sp=l_sp, sp_to_var=l_sp / z_ref.float().var((0, 2, 3)).mean())
+        (loss / args.accum).backward()
+
+        if gan:
+            s.discriminator.requires_grad_(True)
+            with s.autocast():  # two forwards: real and fake do not share BatchNorm's statistics
+                real, fake = s.critic(x), s.critic(recon.detach())
+            d_loss = losses.hinge_d(real, fake)
+            (d_loss / args.accum).backward()
+            log.update(d_loss=d_loss, d_real=(real > 0).float().mean(), d_fake=(fake < 0).float().mean())
+    return {k: v.detach().float() for k, v in log.items()}
+
+
+COLUMNS = ["stage", "step", "l1", "perceptual", "rec", "g_loss", "adaptive", "sp", "sp_to_var", "d_loss", "d_real", "d_fake"]
+
+
+def start_of_stage(stage, args, data, run_, rank, device):
+    """(tokenizer, discriminator, state of D's optimiser or None, steps trained before): stage 1 starts from E_p, the
+    others from the final checkpoint of the stage before."""
+    discriminator = None
+    if stage == 1:
+        if args.init:
+            raise UserError("--init continues from an earlier stage: it goes with --stage 2 or 3")
+        encoder, arguments = stage1_encoder(args, data, run_, rank, device)
+        torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))
+        discriminator = losses.PatchGAN(args.disc_ch)
+        tokenizer = Tokenizer(arguments, DECODERS[args.decoder], d=args.d)
+        tokenizer.encoder.load_state_dict(encoder.state_dict())
+        return tokenizer, discriminator, None, 0
+    path = Path(args.init or run_.out / f"stage{stage - 1}.pt")
+    if not path.exists():
+        raise UserError(f"stage {stage} continues from stage {stage - 1}, but there is no {path}: run --stage {stage - 1} "
+                        "first, or give --init CKPT")
+    content = load_file(path)
+    if "discriminator" not in content or "arguments" not in content:
+        raise UserError(f"{path} is not the final checkpoint of a stage (expected stage{stage - 1}.pt)")
+    if content["stage"] != stage - 1:
+        raise UserError(f"{path} is of stage {content['stage']}; stage {stage} continues from stage {stage - 1}")
+    wanted = dict(decoder=args.decoder, d=args.d, disc_ch=args.disc_ch)
+    if args.encoder_given:
+        wanted["encoder"] = args.encoder
+    check_same(content["run"], wanted, path)
+    args.encoder = content["run"]["encoder"]
+    tokenizer, discriminator = Tokenizer(**content["arguments"]), losses.PatchGAN(args.disc_ch)
+    load_strictly(tokenizer, content["tokenizer"], path)
+    load_strictly(discriminator, content["discriminator"], path)
+    return tokenizer, discriminator, content["opt_d"], content["total_steps"]
+
+
+def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
+    """One stage from its start, or from its last checkpoint, to its final checkpoint stage{N}.pt."""
+    plan, steps, prefix = STAGES[stage], args.steps_of[stage], f"stage{stage}"
+    args.stage = stage
+    tokenizer, discriminator, opt_d_state, steps_before = start_of_stage(stage, args, data, run_, rank, device)
+    tokenizer.to(device)
+    discriminator.to(device)
+
+    # What the stage trains, and against what
+    tokenizer.requires_grad_(False).eval()
+    for part in plan["trains"]:
+        getattr(tokenizer, part).requires_grad_(True).train()
+    tokenizer.encoder.mask_token.requires_grad_(False)
+    reference = copy.deepcopy(tokenizer).requires_grad_(False).eval() if plan["reference"] else None
+    start_fingerprint = tokenizer.fingerprint()
+    dtype = autocast_dtype(args.dtype, device)
+    same = dict(stage=stage, start=start_fingerprint, data=data.identity, dtype=str(dtype).removeprefix("torch."),
+                lpips=lpips is not None, **{k: getattr(args, k) for k in (
+                    "encoder", "decoder", "d", "disc_ch", "size", "batch_size", "accum", "lr", "seed", "w_p", "w_g", "w_sp",
+                    "sp_loss", "sp_at", "disc_start", "ema_decay")})
+    final = run_.out / f"{prefix}.pt"
+    if final.exists():
+        content = load_file(final)
+        check_same(content["run"], same, final)
+        if content["step"] >= steps:
+            print_0(f"stage {stage} is complete: {final}")
+            return
+
+    trained = [p for p in tokenizer.parameters() if p.requires_grad]
+    opt_g = torch.optim.Adam(trained, args.lr, betas=(0.5, 0.9), fused=True)
+    opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
+    if opt_d_state:
+        opt_d.load_state_dict(opt_d_state)
+    ema = copy.deepcopy(tokenizer).requires_grad_(False).eval() if plan["ema"] else None
+    meter, step = Meter(device), 0
+
+    saved = run_.resume(prefix, same)
+    if saved:
+        tokenizer.load_state_dict(saved["tokenizer"])
+        discriminator.load_state_dict(saved["discriminator"])
+        opt_g.load_state_dict(saved["opt_g"])
+        opt_d.load_state_dict(saved["opt_d"])
+        if ema is not None:
+            ema.load_state_dict(saved["ema"])
+        meter.load(saved["meter"])
+        step = saved["step"]
+        torch.set_rng_state(saved["rng"][rank % len(saved["rng"])])
+        if step > steps:
+            raise UserError(f"{run_.last_good(prefix)} is already at step {step}; --steps {steps} is behind it")
+    run_.rewind_log(stage, step)
+
+    if args.checkpointing:
+        tokenizer.checkpoint_activations()
+    if args.compile:  # block by block and in place: keys stay, and the adaptive weight's gradient stays cheap
+        for block in [*tokenizer.encoder.blocks, *tokenizer.decoder.up]:
+            block.compile()
+    s = SimpleNamespace(
+        tokenizer=tokenizer, generator=wrap(tokenizer, device), discriminator=discriminator,
+        critic=wrap(discriminator, device), reference=reference, lpips=lpips,
+        autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
+    order = Order(len(data), args.batch_size, (args.seed, "order", stage), step, args.accum, rank, world)
+    stream = batches(View(data, args.size, (args.seed, "augment", stage)), order, args.workers, device)
+
+    count = sum(p.numel() for p in trained)
+    frozen = sum(p.numel() for p in tokenizer.parameters()) - count
+    print_0(f"\nstage {stage}, {plan['name']}: {' '.join(plan['trains'])} train, {count / 1e6:.2f}M parameters; "
+            f"{frozen / 1e6:.2f}M frozen; discriminator {sum(p.numel() for p in discriminator.parameters()) / 1e6:.2f}M\n"
+            f"  {len(data)} images of {args.size} px, batch {args.batch_size} = {world} ranks x {args.accum} micro-batches x "
+            f"{args.batch_size // world // args.accum}, {len(data) / args.batch_size:.1f} steps an epoch, {steps} steps"
+            f"{f', resuming at step {step}' if step else ''}\n  {device.type}, {str(dtype).removeprefix('torch.')}, w_p "
+            f"{args.w_p:g}, w_g {args.w_g:g} from step {args.disc_start} of all stages, w_sp {args.w_sp:g}")
+
+    def save():
+        meter.check(run_, prefix)
+        for module in (tokenizer, discriminator):
+            assert_finite(module, run_, prefix)
+        run_.save(prefix, step, dict(
+            stage=stage, step=step, run=same, arguments=tokenizer.arguments, tokenizer=tokenizer.state_dict(),
+            ema=ema.state_dict() if ema is not None else None, discriminator=discriminator.state_dict(),
+            opt_g=opt_g.state_dict(), opt_d=opt_d.state_dict(), meter=meter.state(), rng=rng_states()))
+
+    bar = tqdm(total=steps, initial=step, desc=f"stage {stage}", disable=rank != 0, mininterval=1)
+    while step < steps:
+        gan = args.w_g > 0 and steps_before + step >= args.disc_start
+        for micro in range(args.accum):
+            x, _ = next(stream)
+            meter.add(step + 1, training_step(x, s, args, gan, last=micro == args.accum - 1))
+        opt_g.step()
+        opt_g.zero_grad(set_to_none=True)
+        if gan:
+            opt_d.step()
+            opt_d.zero_grad(set_to_none=True)
+        if ema is not None:
+            update_ema(ema, tokenizer, args.ema_decay)
+        step += 1
+        bar.update()
+
+        if step % args.log_every == 0 or step == steps:
+            meter.check(run_, prefix)
+            row = dict(stage=stage, step=step, **meter.average())
+            run_.log(row)
+            bar.set_postfix({k: f"{row[k]:.3g}" for k in ("rec", "sp", "d_loss") if k in row})
+        if rank == 0 and (step % args.grid_every == 0 or step == steps):
+            reconstruction_grid(tokenizer if ema is None else ema, held_out, args, device,
+                                run_.out / f"{prefix}_step{step:08d}.png")
+        stop = run_.should_stop()
+        if step % args.save_every == 0 or step == steps or stop:
+            save()
+        if stop and step < steps:
+            bar.close()
+            raise UserError(f"stopped by a signal at step {step} of stage {stage}; saved {run_.last_good(prefix)}; "
+                            "repeat the command to go on")
+    bar.close()
+
+    result = tokenizer if ema is None else ema
+    if rank == 0:
+        figures = validate(result, data, held_out, args, device, lpips)
+        print(f"stage {stage} on {min(args.val_images, len(held_out))} held-out images: " + ", ".join(
+            f"{k} {v:.4f}" if k in ("rec", "ssim") else f"{k} {v:.2f}" for k, v in figures.items()))
+        save_checkpoint(final, dict(
+            stage=stage, step=step, total_steps=steps_before + step, run=same, arguments=result.arguments,
+            tokenizer=result.state_dict(), discriminator=discriminator.state_dict(), opt_d=opt_d.state_dict(),
+            validation=figures))
+        print(f"saved {final}")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def print_0(text):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- CLI
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--preset", choices=PRESETS, default="paper", help="default: %(default)s")
+    add("--stage", choices=["1", "2", "3", "all"], default="all", help="default: %(default)s")
+    add("--data", help="folder of images, one folder per class or flat; 'shapes' for the built-in data")
+    add("--val", help="folder of held-out images (default: `val` beside a folder `train`, else 5%% are held out)")
+    add("--out", default="runs/tokenizer", help="the run's folder (default: %(default)s)")
+    add("--steps", type=int, help="steps of each stage")
+    add("--batch-size", type=int, help="global: over all ranks and micro-batches")
+    add("--accum", type=int, default=1, help="micro-batches per step; BatchNorm and w_g see one micro-batch at a time")
+    add("--lr", type=float, help="of Adam, for G and D")
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of autocast; auto: bf16 where it is native")
+    add("--init", help="the stage before's final checkpoint (default: in --out)")
+    add("--encoder", help="stage 1: vits14 ... vitg14, with _reg4, or a DINOv2 file, or random:NAME")
+    add("--d", type=int, default=32, help="latent channels")
+    add("--size", type=int, help="image side in px, divisible by 16")
+    add("--vgg16", help="torchvision's VGG16 file, for L_perceptual")
+    add("--lpips-heads", help="LPIPS v0.1 VGG heads, for L_perceptual")
+    add("--w-p", type=float, help="weight of L_perceptual")
+    add("--w-g", type=float, default=0.5, help="L_GAN's part of the adaptive weight; 0: no GAN (default: %(default)s)")
+    add("--w-sp", type=float, default=1.0, help="weight of L_sp in stage 2 (default: %(default)s)")
+    add("--sp-loss", choices=["l2", "cosine"], default="l2", help="ablation: cosine")
+    add("--sp-at", choices=["adapter", "encoder"], default="adapter", help="ablation: L_sp before the adapter")
+    add("--disc-start", type=int, help="step, counted through the stages, at which the GAN begins")
+    add("--ema-decay", type=float)
+    add("--workers", type=int, help="loader processes per rank")
+    add("--compile", action="store_true", help="torch.compile the blocks")
+    add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, slower")
+    add("--log-every", type=int, help="steps")
+    add("--save-every", type=int, help="steps")
+    add("--grid-every", type=int, help="steps")
+    add("--val-images", type=int, help="held-out images at the end of a stage")
+    add("--probe-images", type=int, help="training images for the probe and the latent statistics")
+    add("--check-data", action="store_true", help="decode every image first, and name the unreadable ones")
+    add("--overwrite", action="store_true", help="start the stage again, whatever is in --out")
+    args = p.parse_args(argv)
+
+    preset = PRESETS[args.preset]
+    args.encoder_given = args.encoder is not None
+    if args.preset == "tiny" and args.w_p is None and args.vgg16 and args.lpips_heads:
+        args.w_p = 1.0  # the perceptual loss is off there only for want of its weights
+    for name, value in preset.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.steps_of = dict(zip(STAGES, [args.steps] * 3 if isinstance(args.steps, int) else args.steps))
+    for name in ("batch_size", "accum", "d", "log_every", "save_every", "grid_every", "val_images", "probe_images"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if min(args.steps_of.values()) < 1:
+        raise UserError(f"--steps must be at least 1, not {args.steps}")
+    if args.size % 16 or args.size < 16:
+        raise UserError(f"--size must be divisible by 16, not {args.size}")
+    if args.lr <= 0 or min(args.w_p, args.w_g, args.w_sp, args.workers, args.disc_start, args.seed) < 0 or \
+            not 0 <= args.ema_decay < 1:
+        raise UserError("--lr must be positive, weights, --workers, --disc-start and --seed not negative, "
+                        "--ema-decay in [0, 1)")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    rank, world, device = setup_ranks()
+    if args.batch_size % (world * args.accum):
+        raise UserError(f"--batch-size {args.batch_size} does not split into {world} ranks x {args.accum} micro-batches")
+    run_ = Run(args.out, rank, COLUMNS)
+    data, held_out = open_data(args.data, args.val, args.size, args.val_images)
+    if args.check_data and rank == 0:
+        check_data([data, held_out])
+    stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
+    if args.stage == "all" and args.init:
+        raise UserError("--init continues from an earlier stage: it goes with --stage 2 or 3")
+    if args.overwrite and rank == 0:
+        for stage in stages:
+            for path in [*run_.out.glob(f"stage{stage}.pt"), *run_.out.glob(f"stage{stage}_step*")]:
+                path.unlink()
+        if stages[0] == 1:
+            (run_.out / "encoder.pt").unlink(missing_ok=True)
+    lpips = None
+    if args.w_p > 0:
+        lpips = losses.LPIPS(find_weights(losses.VGG16_URL, losses.VGG16_SHA256, "--vgg16", args.vgg16),
+                             find_weights(losses.HEADS_URL, losses.HEADS_SHA256, "--lpips-heads", args.lpips_heads)).to(device)
+    elif args.preset == "tiny":
+        print_0("w_p = 0: no perceptual loss (give --vgg16 and --lpips-heads to turn it on)")
+    began = time.time()
+    for stage in stages:
+        train_stage(stage, args, run_, data, held_out, lpips, rank, world, device)
+    print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {run_.out}")
+
+
+def check_data(sets):
+    """Decodes every image; raises UserError that names the unreadable ones."""
+    bad = []
+    for data in sets:
+        for i in tqdm(range(len(data)), desc="checking images", mininterval=1):
+            try:
+                data.image(i)
+            except UserError as e:
+                bad.append(str(e))
+    if bad:
+        raise UserError(f"{len(bad)} unreadable images: {'; '.join(bad[:20])}")
+
+
+if __name__ == "__main__":
+    run(main)
