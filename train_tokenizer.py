@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 import losses
@@ -56,8 +56,8 @@ STAGES = {
 # The defaults of the flags of the same name. size: image side in px; disc_ch: width of the discriminator.
 PRESETS = {
     "tiny": dict(size=64, encoder="tiny14", decoder="tiny", disc_ch=16, data="shapes", steps=(250, 250, 100),
-                 batch_size=32, lr=5e-4, w_p=0.0, disc_start=150, ema_decay=0.98, workers=0, log_every=25,
-                 save_every=100, grid_every=100, val_images=512, probe_images=2048, pretrain_steps=300),
+                 batch_size=32, lr=1e-3, w_p=0.0, disc_start=150, ema_decay=0.98, workers=0, log_every=25,
+                 save_every=100, grid_every=100, val_images=512, probe_images=2048, pretrain_steps=500),
     "paper": dict(size=256, encoder="vitl14", decoder="vavae", disc_ch=64, data="data/imagenet/train",
                   steps=(100_000, 200_000, 100_000), batch_size=256, lr=1e-4, w_p=1.0, disc_start=2_500,
                   ema_decay=0.9999, workers=8, log_every=50, save_every=2_500, grid_every=2_500, val_images=5_000,
@@ -174,8 +174,8 @@ _circle = _ngon(48)
 class Shapes:
     """The built-in data: one filled shape on a background, drawn on the fly, image i a function of (split, i).
 
-    Semantics: the shape (12 classes, closed under rotation and flip). Nuisance: the colours and textures of shape and
-    ground, size, place, rotation. Each part is a polygon; a second polygon, where there is one, is cut out."""
+    Semantics: the shape (12 classes, closed under flips). Nuisance: colours and textures of shape and ground, size,
+    place, rotation by up to 17 degrees. Each part is a polygon; a second polygon, where there is one, is cut out."""
     SHAPES = {
         "circle": [_circle], "ring": [_circle, 0.6 * _circle], "crescent": [_circle, 0.85 * _circle + [0.45, 0]],
         "triangle": [_ngon(3)], "square": [_ngon(4)], "pentagon": [_ngon(5)], "star": [_ngon(5, 0.42)],
@@ -206,12 +206,12 @@ class Shapes:
     def _draw(self, i):
         r, S = rng("shapes", self.split, i), self.size
         colours = r.random((2, 2, 3))  # (ground or shape, its two colours, RGB)
-        while np.abs(colours[0].mean(0) - colours[1].mean(0)).max() < 0.35:  # the shape must be seen
+        while colours[1, 0].mean() - colours[0, 0].mean() < 0.35:  # any hue, but the shape is the lighter of the two
             colours = r.random((2, 2, 3))
-        colours[:, 1] = colours[:, 0] + 0.5 * (colours[:, 1] - colours[:, 0])
+        colours[:, 1] = 0.75 * colours[:, 0] + 0.25 * colours[:, 1]  # the two of a texture are close to each other
         ground, shape = (self._texture(r, a, b) for a, b in colours)
-        radius, angle = S * r.uniform(0.24, 0.42), r.uniform(0, 2 * np.pi)
-        place = r.uniform(radius, S - radius, 2)
+        radius, angle = S * r.uniform(0.32, 0.45), r.uniform(-0.3, 0.3)
+        place = S / 2 + 0.6 * r.uniform(radius - S / 2, S / 2 - radius, 2)
         turn = radius * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         canvas = Image.new("L", (4 * S, 4 * S))  # four times too large, then averaged: smooth edges
         for part, fill in zip(self.SHAPES[self.classes[self.labels[i]]], (255, 0)):
@@ -302,17 +302,18 @@ def collate(items):
     broken = [item for item in items if isinstance(item, str)]
     if broken:
         return broken[0]
-    return torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
+    return default_collate(items)
 
 
 def batches(view, order, workers, device):
-    """Yields (images, labels) on the device; an unreadable image ends the run, by name, before its step."""
+    """Yields the batches of a view, such as (images, labels), on the device; an unreadable image ends the run, by name,
+    before its step."""
     loader = DataLoader(view, batch_sampler=order, num_workers=workers, collate_fn=collate,
-                        pin_memory=device.type == "cuda", persistent_workers=False)
+                        pin_memory=device.type == "cuda", generator=torch.Generator())  # not torch's global one
     for batch in loader:
         if isinstance(batch, str):
             raise UserError(batch)
-        yield batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True)
+        yield [part.to(device, non_blocking=True) for part in batch]
 
 
 def in_order(n, batch_size):
@@ -379,11 +380,14 @@ def save_checkpoint(path, content):
 
 
 class Run:
-    """A folder with its log.csv and its checkpoints PREFIX_step*.pt, of which the last two are kept. Rank 0 writes."""
+    """A folder with its log.csv and its checkpoints PREFIX_step*.pt, of which the last two are kept. Rank 0 writes.
+
+    To be used in a `with`: the folder is locked meanwhile, and SIGTERM and Ctrl-C set `stopping`, which the loop obeys at
+    the next step boundary."""
 
     def __init__(self, out, rank, columns):
         self.out, self.rank, self.columns = Path(out), rank, columns
-        self.stopping = False  # set by SIGTERM or Ctrl-C, obeyed at the next step boundary
+        self.stopping, self.lock = False, None
         if rank == 0:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -393,8 +397,16 @@ class Run:
                 raise UserError(f"another run is writing to {out}; choose another --out or wait for it") from None
             except OSError as e:
                 raise UserError(f"cannot write to --out {out}: {e.strerror}") from None
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self._stop)
+
+    def __enter__(self):
+        self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        if self.lock:
+            self.lock.close()
 
     def _stop(self, *_):
         if self.stopping:  # a second signal does not wait
@@ -469,8 +481,11 @@ class Meter:
     Nothing here waits for the device until `average` or `check` is called."""
 
     def __init__(self, device):
-        self.sums, self.count = {}, 0
+        self.reset()
         self.bad = torch.full((), 2 ** 62, device=device)
+
+    def reset(self):
+        self.sums, self.count = {}, 0
 
     def add(self, step, parts):
         total = sum(parts.values())
@@ -497,12 +512,11 @@ class Meter:
 
     def average(self):
         state = self.state()
-        self.sums, self.count = {}, 0
         return {k: v / state["count"] for k, v in state["sums"].items()}
 
 
 def rng_states():
-    """The state of torch's generator on every rank (nothing in a step draws from it; kept for what users add)."""
+    """The state of torch's generator on every rank."""
     mine = torch.get_rng_state()
     if not dist.is_initialized():
         return [mine]
@@ -625,22 +639,20 @@ def reconstruction_grid(tokenizer, held_out, args, device, path):
 def pretrain_encoder(encoder, data, args, device):
     """Trains a small encoder on the labels for a minute, as a STAND-IN for a foundation encoder (preset tiny only).
 
-    Mean patch token, one linear layer, cross-entropy. Colours are scrambled (channels permuted, inverted, scaled), as
-    DINOv2's augmentations do more gently: so the features know shapes and forget colours, which is the gap that stage 2
-    has to close."""
+    Mean patch token, one linear layer, cross-entropy. The colour channels are permuted, which DINOv2's augmentations do
+    more gently: the features learn shapes and not colours, and that is the gap which stage 2 has to close."""
     torch.manual_seed(args.seed)
     head = nn.Linear(encoder.dim, len(data.classes)).to(device)
     model = Tokenizer(ENCODERS[args.encoder], DECODERS["tiny"]).to(device)  # for its features(): the resize is inside
     model.encoder = encoder.to(device).train()
-    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], 1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, args.pretrain_steps, pct_start=0.1)
-    order = Order(len(data), 128, (args.seed, "pretrain order"))
+    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], 2e-3, (0.9, 0.99), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, args.pretrain_steps, pct_start=0.15)
+    order = Order(len(data), 64, (args.seed, "pretrain order"))
     stream = batches(View(data, args.size, (args.seed, "pretrain crop")), order, args.workers, device)
     dtype = autocast_dtype(args.dtype, device)
     for step in tqdm(range(args.pretrain_steps), desc="stand-in pretraining", mininterval=1):
         x, y = next(stream)
-        r = rng(args.seed, "pretrain colour", step)
-        x = x[:, r.permutation(3).tolist()] * float(r.uniform(0.5, 1) * r.choice([-1, 1]))
+        x = x[:, rng(args.seed, "pretrain colour", step).permutation(3).tolist()]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = head(model.features(x).mean(1)).float()
         loss = F.cross_entropy(logits, y)
@@ -704,7 +716,7 @@ def training_step(x, s, args, gan, last):
             else:
                 l_sp = losses.semantic_preservation(tokens, tokens_ref, args.sp_loss, dim=-1)
             loss = loss + args.w_sp * l_sp
-            log.update(sp=l_sp, sp_to_var=l_sp / z_ref.float().var((0, 2, 3)).mean())
+            log.update(sp=l_sp, sp_to_var=l_sp / s.reference.latent_std.square().mean())  # z0's variance, stage 1's data
         (loss / args.accum).backward()
 
         if gan:
@@ -788,6 +800,7 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
         opt_d.load_state_dict(opt_d_state)
     ema = copy.deepcopy(tokenizer).requires_grad_(False).eval() if plan["ema"] else None
     meter, step = Meter(device), 0
+    torch.manual_seed(int(rng(args.seed, "stage", stage, rank).integers(2 ** 62)))  # nothing in a step draws from it yet
 
     saved = run_.resume(prefix, same)
     if saved:
@@ -802,7 +815,7 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
         torch.set_rng_state(saved["rng"][rank % len(saved["rng"])])
         if step > steps:
             raise UserError(f"{run_.last_good(prefix)} is already at step {step}; --steps {steps} is behind it")
-    run_.rewind_log(stage, step)
+    run_.rewind_log(stage, step // args.log_every * args.log_every)  # the meter still holds what came after
 
     if args.checkpointing:
         tokenizer.checkpoint_activations()
@@ -854,6 +867,8 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
             meter.check(run_, prefix)
             row = dict(stage=stage, step=step, **meter.average())
             run_.log(row)
+            if step % args.log_every == 0:
+                meter.reset()
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("rec", "sp", "d_loss") if k in row})
         if rank == 0 and (step % args.grid_every == 0 or step == steps):
             reconstruction_grid(tokenizer if ema is None else ema, held_out, args, device,
@@ -954,29 +969,29 @@ def main(argv=None):
     rank, world, device = setup_ranks()
     if args.batch_size % (world * args.accum):
         raise UserError(f"--batch-size {args.batch_size} does not split into {world} ranks x {args.accum} micro-batches")
-    run_ = Run(args.out, rank, COLUMNS)
+    if args.stage == "all" and args.init:
+        raise UserError("--init continues from an earlier stage: it goes with --stage 2 or 3")
+    stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
     data, held_out = open_data(args.data, args.val, args.size, args.val_images)
     if args.check_data and rank == 0:
         check_data([data, held_out])
-    stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
-    if args.stage == "all" and args.init:
-        raise UserError("--init continues from an earlier stage: it goes with --stage 2 or 3")
-    if args.overwrite and rank == 0:
-        for stage in stages:
-            for path in [*run_.out.glob(f"stage{stage}.pt"), *run_.out.glob(f"stage{stage}_step*")]:
-                path.unlink()
-        if stages[0] == 1:
-            (run_.out / "encoder.pt").unlink(missing_ok=True)
     lpips = None
     if args.w_p > 0:
-        lpips = losses.LPIPS(find_weights(losses.VGG16_URL, losses.VGG16_SHA256, "--vgg16", args.vgg16),
-                             find_weights(losses.HEADS_URL, losses.HEADS_SHA256, "--lpips-heads", args.lpips_heads)).to(device)
+        files = (find_weights(losses.VGG16_URL, losses.VGG16_SHA256, "--vgg16", args.vgg16),
+                 find_weights(losses.HEADS_URL, losses.HEADS_SHA256, "--lpips-heads", args.lpips_heads))
+        lpips = losses.LPIPS(*files).to(device)
     elif args.preset == "tiny":
         print_0("w_p = 0: no perceptual loss (give --vgg16 and --lpips-heads to turn it on)")
     began = time.time()
-    for stage in stages:
-        train_stage(stage, args, run_, data, held_out, lpips, rank, world, device)
-    print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {run_.out}")
+    with Run(args.out, rank, COLUMNS) as run_:
+        if args.overwrite and rank == 0:
+            for path in [p for stage in stages for p in run_.out.glob(f"stage{stage}[._]*")]:
+                path.unlink()
+            if stages[0] == 1:
+                (run_.out / "encoder.pt").unlink(missing_ok=True)
+        for stage in stages:
+            train_stage(stage, args, run_, data, held_out, lpips, rank, world, device)
+    print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
 
 
 def check_data(sets):

@@ -1,0 +1,555 @@
+"""The CPU smoke test: `python test_smoke.py` (or pytest), under two minutes, no network, no data.
+
+Every part against a closed form, a hand value or an independent computation; every script end to end on small real work.
+`python test_smoke.py NAME ...` runs the tests whose names contain one of the words.
+"""
+import contextlib
+import copy
+import csv
+import functools
+import io
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import losses
+import train_tokenizer as tt
+from model import DECODERS, ENCODERS, Adapter, Decoder, DINOv2, Encoder, Tokenizer, UserError, load_encoder, load_file
+
+HERE = Path(__file__).resolve().parent
+TMP = Path(tempfile.mkdtemp(prefix="aligntok-"))
+SMALL = ["--preset", "tiny", "--encoder", "random:tiny14", "--batch-size", "4", "--val-images", "24", "--probe-images", "48",
+         "--dtype", "fp32", "--disc-start", "0", "--log-every", "1", "--save-every", "2"]
+
+
+def error_of(call, *args):
+    """The text of the UserError that a call must end in."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            call(*args)
+    except UserError as e:
+        assert "\n" not in str(e), "one line"
+        return str(e)
+    raise AssertionError(f"no UserError from {args}")
+
+
+def quietly(call, *args):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return call(*args)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def same(a, b):
+    """Bit equality of nested dicts, lists, tensors and numbers; returns the first path that differs, or None."""
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return "keys"
+        return next((f"{k}.{d}" for k in a if (d := same(a[k], b[k])) is not None), None)
+    if isinstance(a, (list, tuple)):
+        return next((f"{i}.{d}" for i, (x, y) in enumerate(zip(a, b)) if (d := same(x, y)) is not None), None)
+    if isinstance(a, torch.Tensor):
+        return None if torch.equal(a, b) else f"tensor, by {(a - b).abs().max()}"
+    return None if a == b else f"{a} != {b}"
+
+
+def randomised(module, scale=0.3):
+    """Random parameters everywhere, so that no zero or one hides a mistake."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p) * scale)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------------------ model.py
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        for name, parameters, keys in (("vits14", 22_056_576, 175), ("vitb14", 86_580_480, 175),
+                                       ("vitl14", 304_368_640, 343), ("vitg14", 1_136_480_768, 567)):
+            plain, reg = DINOv2(**ENCODERS[name]), DINOv2(**ENCODERS[name], registers=4)
+            assert count(plain) == parameters and len(plain.state_dict()) == keys, name
+            assert count(reg) == parameters + 4 * plain.dim and len(reg.state_dict()) == keys + 1, name
+        encoder, decoder = Encoder(**DECODERS["vavae"]), Decoder(**DECODERS["vavae"])
+        assert count(encoder) == 28_413_248 and count(decoder) == 41_417_603
+    assert count(losses.PatchGAN()) == 2_765_633
+    keys = encoder.state_dict().keys() | {"up" + k for k in decoder.state_dict()}
+    for key in ("down.0.block.1.conv2.weight", "down.2.block.0.nin_shortcut.weight", "down.4.attn.1.proj_out.bias",
+                "down.3.downsample.conv.weight", "mid.attn_1.q.weight", "upup.4.attn.2.norm.weight", "upup.1.upsample.conv.bias"):
+        assert key in keys, key
+
+
+def test_dinov2_against_numpy():
+    """A forward of a one-block register model, in plain numpy with loops over the heads."""
+    net = randomised(DINOv2(dim=128, depth=1, registers=4, grid=3), 0.1).double().eval()
+    w = {k: v.numpy() for k, v in net.state_dict().items()}
+    x = torch.randn(1, 3, 42, 42, dtype=torch.float64)
+    patches = [(x[0, :, 14 * i:14 * i + 14, 14 * j:14 * j + 14].numpy() * w["patch_embed.proj.weight"]).sum((1, 2, 3))
+               for i in range(3) for j in range(3)]
+    tokens = np.stack([w["cls_token"][0, 0]] + [p + w["patch_embed.proj.bias"] for p in patches]) + w["pos_embed"][0]
+    tokens = np.concatenate([tokens[:1], w["register_tokens"][0], tokens[1:]])
+
+    def norm(t, name):
+        centred = t - t.mean(1, keepdims=True)
+        return centred / np.sqrt(t.var(1, keepdims=True) + 1e-6) * w[name + ".weight"] + w[name + ".bias"]
+
+    def linear(t, name):
+        return t @ w[name + ".weight"].T + w[name + ".bias"]
+
+    q, k, v = np.split(linear(norm(tokens, "blocks.0.norm1"), "blocks.0.attn.qkv"), 3, axis=1)
+    heads = []
+    for h in (slice(0, 64), slice(64, 128)):
+        a = np.exp(q[:, h] @ k[:, h].T / 8)
+        heads.append(a / a.sum(1, keepdims=True) @ v[:, h])
+    tokens = tokens + w["blocks.0.ls1.gamma"] * linear(np.concatenate(heads, 1), "blocks.0.attn.proj")
+    hidden = linear(norm(tokens, "blocks.0.norm2"), "blocks.0.mlp.fc1")
+    hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+    tokens = norm(tokens + w["blocks.0.ls2.gamma"] * linear(hidden, "blocks.0.mlp.fc2"), "norm")
+    with torch.no_grad():
+        cls, out = net(x)
+    assert np.allclose(cls[0], tokens[0], atol=1e-10) and np.allclose(out[0], tokens[5:], atol=1e-10)
+
+
+def test_position_embedding_rules():
+    """Plain models resample by scale (h + 0.1) / grid with a bicubic kernel of a = -0.75; register models by size."""
+    def bicubic(v, out, scale):
+        def k(t):
+            t = abs(t)
+            return 1.25 * t ** 3 - 2.25 * t ** 2 + 1 if t < 1 else -.75 * (t ** 3 - 5 * t ** 2 + 8 * t - 4) if t < 2 else 0.0
+        rows = []
+        for i in range(out):
+            centre = (i + 0.5) / scale - 0.5
+            taps = range(math.floor(centre) - 1, math.floor(centre) + 3)
+            rows.append(sum(k(centre - j) * v[min(max(j, 0), len(v) - 1)] for j in taps))
+        return np.stack(rows)
+
+    net = randomised(DINOv2(dim=64, depth=0, grid=5))
+    grid = net.pos_embed.detach()[0, 1:].double().view(5, 5, 64).numpy()
+    expected = bicubic(bicubic(grid, 3, 3.1 / 5).transpose(1, 0, 2), 7, 7.1 / 5).transpose(1, 0, 2)  # 3 rows, 7 columns
+    found = net.position_embedding(3, 7).detach()
+    assert np.allclose(found[0, 1:].view(3, 7, 64), expected, atol=1e-5) and torch.equal(found[:, 0], net.pos_embed[:, 0])
+    assert net.position_embedding(5, 5) is net.pos_embed
+    reg = DINOv2(dim=64, depth=0, registers=4, grid=5)
+    reg.pos_embed = net.pos_embed
+    larger = bicubic(bicubic(grid, 10, 2.0).transpose(1, 0, 2), 10, 2.0).transpose(1, 0, 2)  # enlarging: no antialias
+    a = reg.position_embedding(10, 10).detach()[0, 1:].view(10, 10, 64)[3:-3, 3:-3]
+    assert np.abs(a.numpy() - larger[3:-3, 3:-3]).max() < 0.2  # PIL's kernel (a = -0.5) serves antialias
+    assert (a - net.position_embedding(10, 10).detach()[0, 1:].view(10, 10, 64)[3:-3, 3:-3]).abs().max() > 1e-3
+
+
+def test_encoder_files():
+    net = randomised(DINOv2(dim=128, depth=3, grid=4, registers=4))
+    state = net.state_dict()
+    forms = {"plain": state, "half": {k: v.half() for k, v in state.items()},
+             "teacher": {"teacher": {f"backbone.{k}": v for k, v in state.items()} | {"dino_head.w": torch.zeros(1)}},
+             "chunked": {k.replace("blocks.", f"blocks.{int(k[7]) // 2}.") if k.startswith("blocks.") else k: v
+                         for k, v in state.items()}}
+    for name, content in forms.items():
+        torch.save(content, TMP / "e.pth")
+        loaded, arguments = load_encoder(str(TMP / "e.pth"))
+        assert arguments == dict(dim=128, depth=3, swiglu=False, registers=4, grid=4), name
+        if name != "half":
+            assert same(loaded.state_dict(), state) is None, name
+    torch.save({k: v for k, v in state.items() if k != "blocks.1.ls1.gamma"}, TMP / "e.pth")
+    assert "blocks.1.ls1.gamma" in error_of(load_encoder, str(TMP / "e.pth"))
+    torch.save({"a": torch.zeros(1)}, TMP / "e.pth")
+    assert "no DINOv2" in error_of(load_encoder, str(TMP / "e.pth"))
+    assert "neither a file nor" in error_of(load_encoder, "vitx14")
+    assert "RANDOM" not in str(load_encoder.__defaults__)  # random weights only where they are asked for
+
+
+def test_convolutional_parts():
+    """GroupNorm, attention and the asymmetric downsampling against torch's own and explicit formulas."""
+    from model import AttnBlock, Downsample, GroupNorm
+    for channels, groups in ((128, 32), (512, 32), (64, 16)):
+        x, norm = torch.randn(2, channels, 6, 4), randomised(GroupNorm(channels))
+        assert torch.allclose(norm(x), F.group_norm(x, groups, norm.weight, norm.bias, 1e-6), atol=1e-6)
+    x = torch.randn(2, 64, 6, 4)
+    attn = randomised(AttnBlock(64), 0.1)
+    y = attn.norm(x)
+    q, k, v = ((torch.einsum("oc,bchw->bohw", f.weight[:, :, 0, 0], y) + f.bias.view(-1, 1, 1)).flatten(2)
+               for f in (attn.q, attn.k, attn.v))
+    weights = (q.transpose(1, 2) @ k / 8).softmax(-1)  # (B, query, key)
+    y = torch.einsum("bqk,bck->bcq", weights, v).view_as(x)
+    assert torch.allclose(attn(x), x + attn.proj_out(y), atol=1e-5)
+    down = randomised(Downsample(64))
+    x = torch.randn(1, 64, 4, 4)
+    corner = (x[0, :, :3, :3] * down.conv.weight[5]).sum() + down.conv.bias[5]  # the first window is not padded
+    last = (x[0, :, 2:, 2:] * down.conv.weight[5, :, :2, :2]).sum() + down.conv.bias[5]
+    assert torch.allclose(down(x)[0, 5, [0, 1], [0, 1]], torch.stack([corner, last]), atol=1e-4)
+    decoder = Decoder(**DECODERS["tiny"])
+    assert decoder(torch.randn(1, 32, 2, 3)).shape == (1, 3, 32, 48)
+    assert Encoder(**DECODERS["tiny"])(torch.randn(1, 3, 32, 48)).shape == (1, 64, 2, 3)
+    decoder.train().checkpointing = True  # recomputing changes no gradient
+    z = torch.randn(1, 32, 2, 2)
+    grads = []
+    for decoder.checkpointing in (False, True):
+        decoder.zero_grad()
+        decoder(z).square().mean().backward()
+        grads.append({k: p.grad.clone() for k, p in decoder.named_parameters()})
+    assert same(*grads) is None
+
+
+def test_tokenizer():
+    tok = Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"], d=24).eval()
+    x = torch.rand(2, 3, 64, 96) * 2 - 1
+    with torch.no_grad():
+        recon, z, tokens = tok(x)
+        assert recon.shape == x.shape and z.shape == (2, 24, 4, 6) and tokens.shape == (2, 24, 192)
+        # position (row 2, column 5) of z is the adapter's output at token 2 * 6 + 5
+        assert torch.allclose(z[1, :, 2, 5], tok.adapter(tokens[1, 17]), atol=1e-6)
+        assert torch.equal(tok.encode(x), z) and torch.equal(tok.decode(z), recon)
+    assert "divisible by 16" in error_of(tok.encode, torch.zeros(1, 3, 64, 72))
+    assert "no latent statistics" in error_of(tok.normalize, z)
+    tok.latent_mean.copy_(torch.arange(24.0))
+    tok.latent_std.fill_(2)
+    assert torch.allclose(tok.normalize(z), (z - torch.arange(24.0).view(-1, 1, 1)) / 2)
+    assert torch.allclose(tok.unnormalize(tok.normalize(z)), z, atol=1e-5)
+    # DINOv2 sees ImageNet's normalisation of [0, 1], at 14/16 of the size
+    seen = []
+    tok.encoder.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    tok.encode(torch.full((1, 3, 32, 48), 0.0))
+    assert seen[0].shape == (1, 3, 28, 42)
+    assert torch.allclose(seen[0][0, :, 3, 3], torch.tensor([.0655, .1964, .4178]), atol=1e-4)  # (.5 - mean) / std
+    before = tok.fingerprint()
+    with torch.no_grad():
+        tok.decoder.conv_out.bias.add_(1)
+        assert tok.fingerprint() == before
+        tok.adapter.fc2.bias.add_(1)
+        assert tok.fingerprint() != before
+    assert Adapter(8, 4, 16)(torch.zeros(2, 5, 8)).shape == (2, 5, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------- losses.py
+
+def test_gan_losses():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
+    assert losses.hinge_d(real, fake).item() == 0.5 * (0.25 + 0.5) and losses.hinge_g(fake).item() == 1.5
+    w = torch.tensor([3.0, 4.0], requires_grad=True)
+    weight = losses.adaptive_weight((w * torch.tensor([3.0, 4.0])).sum(), 0.5 * w[0], w)  # norms 5 and .5
+    assert abs(weight.item() - 5 / (0.5 + 1e-4)) < 1e-5 and not weight.requires_grad
+    assert losses.adaptive_weight(w.sum() * 1e9, 0 * w.sum(), w).item() == 1e4
+
+
+def test_semantic_preservation():
+    z, ref = torch.tensor([[[[1.0]], [[0.0]]]], requires_grad=True), torch.tensor([[[[0.0]], [[2.0]]]], requires_grad=True)
+    loss = losses.semantic_preservation(z, ref)
+    loss.backward()
+    assert loss.item() == 2.5 and z.grad.flatten().tolist() == [1, -2] and ref.grad is None
+    assert losses.semantic_preservation(z, ref, "cosine").item() == 1
+    tokens = torch.randn(2, 5, 8)
+    assert abs(losses.semantic_preservation(tokens, 3 * tokens, "cosine", dim=-1).item()) < 1e-6
+
+
+def test_lpips():
+    """Random VGG16 and heads: zero for equal images, finite gradients where features vanish, and an independent sum."""
+    import torchvision
+    vgg = torchvision.models.vgg16().features[:30].eval()
+    heads = [torch.rand(1, c, 1, 1) for c in (64, 128, 256, 512, 512)]
+    torch.save({f"features.{k}": v for k, v in vgg.state_dict().items()}, TMP / "vgg.pth")
+    torch.save({f"lin{i}.model.1.weight": v for i, v in enumerate(heads)}, TMP / "heads.pth")
+    lpips = losses.LPIPS(TMP / "vgg.pth", TMP / "heads.pth")
+    x, y = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    expected, a, b = torch.zeros(2), *((t + torch.tensor([.030, .088, .188]).view(3, 1, 1)) /
+                                       torch.tensor([.458, .448, .450]).view(3, 1, 1) for t in (x, y))
+    with torch.no_grad():
+        for i, layer in enumerate(vgg):
+            a, b = layer(a), layer(b)
+            if i in (3, 8, 15, 22, 29):
+                diff = (F.normalize(a, dim=1) - F.normalize(b, dim=1)) ** 2
+                expected += (diff * heads[(3, 8, 15, 22, 29).index(i)]).sum(1).mean((1, 2))
+    assert torch.allclose(lpips(x, y), expected, atol=1e-5)
+    assert lpips(x, x).abs().max() == 0
+    flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    with torch.no_grad():
+        for layer in lpips.vgg16[:2]:
+            if hasattr(layer, "bias"):
+                layer.bias.fill_(-100)  # relu1_2 sees nothing
+    lpips(torch.zeros(1, 3, 32, 32), flat).sum().backward()
+    assert flat.grad.isfinite().all() and not any(p.requires_grad for p in lpips.parameters())
+    assert not lpips.train().training
+    torch.save({"lin0.model.1.weight": heads[0]}, TMP / "heads.pth")
+    assert "heads.pth does not fit" in error_of(losses.LPIPS, TMP / "vgg.pth", TMP / "heads.pth")
+
+
+def test_psnr_ssim():
+    x = torch.zeros(2, 3, 16, 20)
+    assert torch.allclose(losses.psnr(x, x + 0.2), torch.tensor(20.0).double(), atol=1e-5)  # .1 of the range
+    a, b = 0.5, 0.7  # two flat images in [0, 1]: only the luminance term is left
+    expected = (2 * a * b + 1e-4) / (a * a + b * b + 1e-4)
+    assert torch.allclose(losses.ssim(x, x + 0.4), torch.tensor(expected).double(), atol=1e-6)
+    noise = torch.rand(1, 3, 12, 12) * 2 - 1
+    assert abs(losses.ssim(noise, noise).item() - 1) < 1e-12 and losses.ssim(noise, -noise).item() < 0
+
+
+# --------------------------------------------------------------------------------------------------- train_tokenizer.py
+
+def test_images():
+    """Any mode to RGB, EXIF, transparency on white; ADM's crop; a broken file named."""
+    rgb = np.zeros((20, 30, 3), np.uint8)
+    rgb[:, :15] = (200, 100, 50)
+    img = Image.fromarray(rgb)
+    for mode, suffix in (("RGB", "png"), ("P", "png"), ("CMYK", "tif"), ("RGBA", "png"), ("L", "jpg"), ("1", "png"), ("LA", "png")):
+        img.convert(mode).save(TMP / f"m.{suffix}")
+        loaded = tt.load_image(TMP / f"m.{suffix}")
+        assert loaded.mode == "RGB" and loaded.size == (30, 20), mode
+        if mode in ("RGB", "RGBA"):
+            assert np.array_equal(loaded, rgb)
+    Image.fromarray(np.full((4, 4), 257 * 100, np.uint16)).save(TMP / "m.png")
+    assert np.array(tt.load_image(TMP / "m.png")).max() == 100
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.save(TMP / "m.png")
+    assert np.array(tt.load_image(TMP / "m.png")).min() == 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    img.save(TMP / "m.jpg", exif=exif)
+    assert tt.load_image(TMP / "m.jpg").size == (20, 30)
+    half = (TMP / "m.jpg").read_bytes()
+    (TMP / "half.jpg").write_bytes(half[:len(half) // 2])
+    assert "half.jpg" in error_of(tt.load_image, TMP / "half.jpg")
+    # 130 x 70 to 16: halved twice to 32 x 17 by a box filter, then bicubic to 30 x 16, then the middle
+    big = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 130, 3), np.uint8))
+    by_hand = big.resize((65, 35), Image.BOX).resize((32, 17), Image.BOX).resize((30, 16), Image.BICUBIC)
+    assert np.array_equal(tt.center_crop(big, 16), np.array(by_hand)[:, 7:23])
+    assert torch.equal(tt.to_tensor(Image.fromarray(rgb))[:, 0, 0], torch.tensor([200, 100, 50.0]) / 127.5 - 1)
+    everything = torch.arange(256).byte().view(1, 1, 16, 16).expand(1, 3, -1, -1)
+    back = tt.to_uint8(torch.stack([tt.to_tensor(Image.fromarray(everything[0].permute(1, 2, 0).numpy()))]))
+    assert np.array_equal(back[0, ..., 0], everything[0, 0])
+
+
+def test_folders():
+    root = TMP / "folders"
+    for name in ("b/2.png", "a/1.png", "a/deep/3.PNG", ".hidden.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20)).save(root / name, "PNG")
+    data = tt.Folder(root)
+    assert data.classes == ["a", "b"] and data.labels == [0, 0, 1] and len(data) == 3
+    train, held_out = tt.open_data(str(root), None, 16, 10)
+    assert len(train) == 2 and len(held_out) == 1 and not set(train.files) & set(held_out.files)
+    assert tt.Folder(root / "a" / "deep").labels is None
+    assert "not found" in error_of(tt.list_images, root / "nothing")
+    (root / "empty").mkdir()
+    assert "no images" in error_of(tt.list_images, root / "empty")
+    (root / "a" / "1.png").write_bytes(b"not an image")
+    batches = tt.batches(tt.View(data, 16), tt.in_order(3, 3), 0, torch.device("cpu"))
+    assert "1.png" in error_of(next, batches)
+    assert "1 unreadable" in error_of(tt.check_data, [data])
+
+
+def test_shapes():
+    shapes = tt.Shapes("train", n=48)
+    assert len(shapes.classes) >= 10 and np.array_equal(shapes.image(5), tt.Shapes("train", n=9000).image(5))
+    assert not np.array_equal(shapes.image(5), tt.Shapes("val").image(5))
+    same_class = [np.asarray(shapes.image(i), float).mean((0, 1)) for i in (0, 12, 24, 36)]
+    assert np.ptp(same_class, axis=0).max() > 20, "the class must not tell the colour"
+
+
+def test_order():
+    """Every image once an epoch, for any number of ranks and micro-batches; a resume goes on in the same order."""
+    def stream(steps, **kw):
+        iterator = iter(tt.Order(10, 4, (0, "order"), **kw))
+        return [next(iterator) for _ in range(steps * kw.get("accum", 1))]
+
+    whole = sum(stream(5), [])
+    assert sorted(i for _, i in whole[:10]) == list(range(10)) and sorted(i for _, i in whole[10:]) == list(range(10))
+    assert [e for e, _ in whole] == [0] * 10 + [1] * 10 and [i for _, i in whole[:10]] != [i for _, i in whole[10:]]
+    ranks = [stream(5, rank=r, world=2, accum=2) for r in range(2)]
+    assert sum((a + b for a, b in zip(*ranks)), []) == whole
+    assert sum(stream(2, first_step=3), []) == whole[12:]
+    view = tt.View(tt.Shapes(n=8), 48, (0, "augment"))
+    crops = [torch.stack([view[epoch, i][0] for i in range(8)]) for epoch in (0, 0, 1)]
+    assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
+
+
+def test_linear_probe():
+    torch.manual_seed(0)
+    y = torch.arange(300) % 3
+    x = F.one_hot(y, 3) * 100.0 + torch.randn(300, 3)
+    assert tt.linear_probe(x, y, x + torch.randn(300, 3), y) == 100
+    assert tt.linear_probe(torch.zeros(300, 2), y, torch.zeros(300, 2), y) < 34
+    # logistic regression on two overlapping unit Gaussians at +-1: Bayes' accuracy is Phi(1) = 84.1 %
+    y = torch.arange(20000) % 2
+    x = torch.randn(20000, 1) + (2.0 * y - 1)[:, None]
+    assert abs(tt.linear_probe(x[:10000], y[:10000], x[10000:], y[10000:]) - 84.1) < 1.2
+
+
+@functools.cache
+def small_run():
+    """All three stages, two steps each, with the GAN on; the folder of the run."""
+    out = TMP / "run"
+    quietly(tt.main, [*SMALL, "--out", str(out), "--steps", "2"])
+    return out
+
+
+def test_stages_train_what_they_say():
+    out = small_run()
+    files = {n: load_file(out / f"stage{n}.pt")["tokenizer"] for n in (1, 2, 3)}
+    torch.manual_seed(0)
+    quietly(load_encoder, "random:tiny14")
+
+    def changed(a, b):
+        return {k.split(".")[0] for k in a if not k.startswith("latent_") and not torch.equal(a[k], b[k])}
+
+    assert changed(files[1], files[2]) == {"encoder", "adapter", "decoder"}
+    assert changed(files[2], files[3]) == {"decoder"}
+    assert same({k: v for k, v in files[2].items() if k.startswith("latent_")},
+                {k: v for k, v in files[3].items() if k.startswith("latent_")}) is None
+    assert all(torch.equal(f["encoder.mask_token"], files[1]["encoder.mask_token"]) for f in files.values())
+    d = [load_file(out / f"stage{n}.pt")["discriminator"] for n in (1, 2, 3)]
+    assert same(d[0], d[1]) and same(d[1], d[2]), "D continues through the stages"
+    raw = load_file(out / "stage2_step00000002.pt")
+    decay = tt.PRESETS["tiny"]["ema_decay"]
+    assert same(raw["ema"], {k: v for k, v in files[2].items()} | {k: raw["ema"][k] for k in raw["ema"] if "latent_" in k}) is None
+    moved = (raw["ema"]["encoder.blocks.0.attn.proj.weight"] - files[1]["encoder.blocks.0.attn.proj.weight"]).abs().mean()
+    ahead = (raw["tokenizer"]["encoder.blocks.0.attn.proj.weight"] - files[1]["encoder.blocks.0.attn.proj.weight"]).abs().mean()
+    assert 0 < moved < 3 * (1 - decay) * ahead, "EMA starts as a copy and lags"
+    rows = list(csv.DictReader(open(out / "log.csv")))
+    assert [(r["stage"], r["step"]) for r in rows] == [(str(s), str(k)) for s in (1, 2, 3) for k in (1, 2)]
+    assert float(rows[2]["sp"]) < 1e-8 < float(rows[3]["sp"]) and not rows[0]["sp"]  # it starts where stage 1 left it
+    tok = Tokenizer.load(out / "stage3.pt")
+    assert tok.fingerprint() == Tokenizer.load(out / "stage2.pt").fingerprint() and tok.latent_std.min() > 0
+    assert Image.open(out / "stage2_step00000002.png").size == (8 * 64, 128)
+
+
+def test_generator_step_leaves_the_discriminator_alone():
+    """After one step: G's gradients hold no trace of D's loss, D's none of G's; frozen parts have no gradient at all."""
+    torch.manual_seed(0)
+    tok, disc = Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]), losses.PatchGAN(16)
+    tok.encoder.requires_grad_(False).eval()
+    s = tt.SimpleNamespace(tokenizer=tok, generator=tok, discriminator=disc, critic=disc, reference=None, lpips=None,
+                           autocast=contextlib.nullcontext)
+    args = tt.parse(["--preset", "tiny"])
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    log = tt.training_step(x, s, args, gan=True, last=True)
+    assert all(p.grad is None for p in tok.encoder.parameters())
+    d_grads = [p.grad.clone() for p in disc.parameters()]
+    disc.zero_grad()
+    twin = copy.deepcopy(disc)
+    with torch.no_grad():
+        recon = tok(x)[0]
+    losses.hinge_d(twin(x), twin(recon)).backward()
+    assert all(torch.allclose(a, p.grad, atol=1e-5) for a, p in zip(d_grads, twin.parameters()))
+    found = tok.decoder.conv_out.bias.grad.clone()  # Eq. 1 by hand, with the weight that was logged
+    tok.zero_grad()
+    recon = tok(x)[0]
+    (F.l1_loss(x, recon) - 0.5 * log["adaptive"] * disc(recon).mean()).backward()
+    assert torch.allclose(found, tok.decoder.conv_out.bias.grad, atol=1e-5)
+
+
+def test_resume_is_exact():
+    """Stage 2, GAN and EMA on, across an epoch boundary, with accumulation: stopped at step 3 of 5, or never."""
+    root = TMP / "resume"
+    for i in range(14):
+        (root / "data").mkdir(parents=True, exist_ok=True)
+        tt.Shapes(n=14).image(i).save(root / "data" / f"{i}.png")
+    flags = [*SMALL, "--data", str(root / "data"), "--stage", "2", "--init", str(small_run() / "stage1.pt"), "--accum", "2",
+             "--save-every", "3", "--log-every", "2"]
+    quietly(tt.main, [*flags, "--out", str(root / "a"), "--steps", "5"])
+    quietly(tt.main, [*flags, "--out", str(root / "b"), "--steps", "3"])
+    (root / "b" / "log.csv").write_text((root / "b" / "log.csv").read_text() + "2,5,0.1,0\n2,7,")  # rows past the checkpoint
+    quietly(tt.main, [*flags, "--out", str(root / "b"), "--steps", "5", "--workers", "1"])
+    a, b = (load_file(root / r / "stage2_step00000005.pt") for r in "ab")
+    assert same(a, b) is None, same(a, b)
+    assert (root / "a" / "log.csv").read_text() == (root / "b" / "log.csv").read_text()
+    changed = error_of(tt.main, [*flags, "--out", str(root / "b"), "--steps", "5", "--lr", "0.1", "--w-sp", "2"])
+    assert "lr 0.001 -> 0.1" in changed and "w_sp 1.0 -> 2.0" in changed and "batch" not in changed
+    (root / "b" / "stage2.pt").unlink()
+    assert "already at step 5" in error_of(tt.main, [*flags, "--out", str(root / "b"), "--steps", "4"])
+    newest = root / "b" / "stage2_step00000005.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])  # a damaged checkpoint: the one before it serves
+    quietly(tt.main, [*flags, "--out", str(root / "b"), "--steps", "5"])
+    assert same(a, load_file(newest)) is None
+
+
+def test_two_ranks_equal_one_process():
+    """torchrun with two gloo processes against one, same global batch: GAN, EMA, accumulation, synchronised BatchNorm."""
+    flags = [*SMALL, "--stage", "2", "--init", str(small_run() / "stage1.pt"), "--steps", "2", "--batch-size", "8", "--accum", "2"]
+    quietly(tt.main, [*flags, "--out", str(TMP / "one")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(HERE / "train_tokenizer.py"), *flags, "--out", str(TMP / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"), timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [list(csv.DictReader(open(TMP / r / "log.csv"))) for r in ("one", "two")]
+    for one, two in zip(*rows):
+        for key, value in one.items():
+            assert value == two[key] == "" or math.isclose(float(value), float(two[key]), rel_tol=2e-3, abs_tol=1e-6), key
+    first = [load_file(TMP / r / "stage2_step00000002.pt") for r in ("one", "two")]
+    for part in ("opt_g", "opt_d"):  # Adam's first moments are the gradients, averaged
+        for k, v in first[0][part]["state"].items():
+            other = first[1][part]["state"][k]["exp_avg"]
+            assert (v["exp_avg"] - other).norm() <= 0.02 * v["exp_avg"].norm() + 1e-7, (part, k)
+
+
+def test_non_finite_loss_stops_the_run():
+    out = TMP / "nan"
+    original = losses.hinge_g
+
+    def planted(fake):
+        planted.calls += 1
+        return original(fake) * (float("nan") if planted.calls == 4 else 1)
+
+    planted.calls, losses.hinge_g = 0, planted
+    try:
+        text = error_of(tt.main, [*SMALL, "--out", str(out), "--stage", "1", "--steps", "9", "--log-every", "3"])
+    finally:
+        losses.hinge_g = original
+    assert "since step 4" in text and "stage1_step00000002.pt" in text, text
+    assert [p.name for p in sorted(out.glob("*.pt"))] == ["stage1_step00000002.pt"]
+
+
+def test_tokenizer_errors():
+    out, run = str(TMP / "errors"), small_run()
+
+    def error(*flags):
+        return error_of(tt.main, [*SMALL, "--steps", "1", "--out", out, *flags])
+
+    assert "data folder not found" in error("--data", str(TMP / "nowhere"))
+    assert "there is no" in error("--stage", "2") and "--stage 1" in error("--stage", "2")
+    assert "is of stage 1; stage 3 continues from stage 2" in error("--stage", "3", "--init", str(run / "stage1.pt"))
+    assert "d 32 -> 16" in error("--stage", "2", "--init", str(run / "stage1.pt"), "--d", "16")
+    assert "is not the final checkpoint" in error("--stage", "2", "--init", str(run / "stage1_step00000002.pt"))
+    assert "divisible by 16" in error("--size", "60")
+    assert "does not split" in error("--accum", "3")
+    assert "vgg.pth" in error("--w-p", "1", "--vgg16", str(TMP / "no-vgg.pth")).replace("no-vgg", "vgg")
+    (TMP / "a-file").write_text("")
+    assert "cannot write" in error("--out", str(TMP / "a-file" / "x"))
+    whole = (run / "stage1.pt").read_bytes()
+    (TMP / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    assert "cut.pt" in error("--stage", "2", "--init", str(TMP / "cut.pt")) and "cut.pt" in error_of(Tokenizer.load, TMP / "cut.pt")
+    with tt.Run(out, 0, tt.COLUMNS):
+        assert "another run" in error()
+
+
+def main():
+    tests = [(n, f) for n, f in globals().items() if n.startswith("test_") and callable(f)]
+    if sys.argv[1:]:
+        tests = [(n, f) for n, f in tests if any(word in n for word in sys.argv[1:])]
+    failed, began = 0, time.time()
+    for name, test in tests:
+        start = time.time()
+        try:
+            test()
+            print(f"ok    {name} ({time.time() - start:.1f} s)", flush=True)
+        except Exception:
+            failed += 1
+            print(f"FAIL  {name}\n{traceback.format_exc()}", flush=True)
+    print(f"{time.time() - began:.0f} s")
+    print(f"{len(tests) - failed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
