@@ -13,9 +13,9 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 from model import UserError, load_file, load_strictly
 
@@ -41,7 +41,8 @@ class LPIPS(nn.Module):
         state = load_file(vgg16_file, "VGG16")
         features = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
         load_strictly(self.vgg16, features, vgg16_file)
-        heads = {k.removeprefix("lin").replace(".model.1", ""): v for k, v in load_file(heads_file, "LPIPS heads").items()}
+        heads = load_file(heads_file, "LPIPS heads")
+        heads = {k.removeprefix("lin").replace(".model.1", ""): v for k, v in heads.items()}
         load_strictly(self.heads, heads, heads_file)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)

@@ -18,10 +18,9 @@ import urllib.request
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-
 
 # ---------------------------------------------------------------------------------------------------- files, weights
 
@@ -39,7 +38,7 @@ def load_file(path, what="checkpoint"):
         raise UserError(f"{what} not found: {path}") from None
     except Exception as e:  # zip, pickle and I/O errors alike: the file is not what it should be
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"{what} cannot be read (damaged, or not a file of tensors): {path} ({reason})") from None
+        raise UserError(f"{what} cannot be read (damaged, or not a file of tensors): {path} ({reason})") from e
     if not isinstance(content, dict):
         raise UserError(f"{what} holds no dict of tensors: {path}")
     return content
@@ -77,7 +76,7 @@ def find_weights(url, digest, flag, file=None):
             urllib.request.urlretrieve(url, part)
         except OSError as e:
             part.unlink(missing_ok=True)
-            raise UserError(f"missing weights {path.name}: get {url} and pass it as {flag} FILE (download: {e})") from None
+            raise UserError(f"missing weights {path.name}: get {url}, pass it as {flag} FILE (download: {e})") from None
         if not sha256(part).startswith(digest):
             part.unlink()
             raise UserError(f"download of {url} is damaged (sha256 differs); fetch it by hand and pass {flag} FILE")
@@ -88,6 +87,15 @@ def find_weights(url, digest, flag, file=None):
 
 # ------------------------------------------------------------------------------------------------------------ DINOv2
 
+def attention(q, k, v):
+    """Softmax attention of (B, heads, N, D/heads). On a CPU in fp32: PyTorch's bf16 backward is slower there (3 times
+    at 17 tokens, 1.2 times at 257, measured)."""
+    if v.is_cuda:
+        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+    with torch.autocast(v.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(v.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -97,9 +105,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
 
 
 class MLP(nn.Module):
@@ -233,11 +240,11 @@ def encoder_state(content):
 
 def encoder_arguments(state):
     """The arguments of DINOv2 that fit a state dict: everything follows from the names and shapes of its tensors."""
-    return dict(dim=state["cls_token"].shape[-1],
-                depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-                swiglu="blocks.0.mlp.w12.weight" in state,
-                registers=state["register_tokens"].shape[1] if "register_tokens" in state else 0,
-                grid=math.isqrt(state["pos_embed"].shape[1] - 1))
+    return {"dim": state["cls_token"].shape[-1],
+                "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+                "swiglu": "blocks.0.mlp.w12.weight" in state,
+                "registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+                "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
 
 
 def load_encoder(spec):
@@ -270,7 +277,7 @@ def load_encoder(spec):
         raise UserError(f"{path} is no DINOv2: cls_token, pos_embed or blocks.* missing") from None
     if found["dim"] % 64 or found["depth"] > 100:
         raise UserError(f"{path} is no DINOv2: width {found['dim']}, depth {found['depth']}")
-    if arguments is not None and found != {**dict(swiglu=False, grid=37), **arguments}:
+    if arguments is not None and found != {"swiglu": False, "grid": 37} | arguments:
         raise UserError(f"{path} is not a {name}: found {found}")
     encoder = DINOv2(**found)
     load_strictly(encoder, state, path)
@@ -337,7 +344,7 @@ class AttnBlock(nn.Module):
         B, C, h, w = x.shape
         y = self.norm(x)
         q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, h*w, C)
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        y = attention(q, k, v)[:, 0]
         return x + self.proj_out(y.transpose(1, 2).reshape(B, C, h, w))
 
 
@@ -455,7 +462,7 @@ class Tokenizer(nn.Module):
     def __init__(self, encoder, decoder, d=32, hidden=None):
         super().__init__()
         self.d = d
-        self.arguments = dict(encoder=encoder, decoder=decoder, d=d, hidden=hidden)  # plain: what rebuilds the model
+        self.arguments = {"encoder": encoder, "decoder": decoder, "d": d, "hidden": hidden}  # what rebuilds the model
         self.encoder = DINOv2(**encoder)
         self.adapter = Adapter(self.encoder.dim, d, hidden or self.encoder.dim)
         self.decoder = Decoder(d=d, **decoder).to(memory_format=torch.channels_last)
@@ -466,7 +473,7 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """The tokenizer in a checkpoint of train_tokenizer.py, on the CPU and in eval mode; needs nothing but the file."""
+        """The tokenizer in a checkpoint of train_tokenizer.py, on the CPU, in eval mode; needs nothing but the file."""
         content = load_file(path, "tokenizer")
         if not {"tokenizer", "arguments"} <= content.keys():
             raise UserError(f"{path} is not a tokenizer's checkpoint (expected runs/tokenizer/stage3.pt or like it)")
@@ -475,7 +482,7 @@ class Tokenizer(nn.Module):
         return tokenizer.eval()
 
     def features(self, x):
-        """E_p(x): patch tokens (B, N, D) before the adapter. The image is resized so that 14 px see what 16 px showed."""
+        """E_p(x): patch tokens (B, N, D) before the adapter. The image is resized: 14 px see what 16 px showed."""
         H, W = x.shape[-2:]
         if H % self.factor or W % self.factor:
             raise UserError(f"image sides must be divisible by {self.factor}, not {H}x{W}")
@@ -586,10 +593,7 @@ class RotaryAttention(nn.Module):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
         q, k = (rotate(norm(y), cos, sin) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
-        dtype = v.dtype if v.is_cuda else torch.float32  # PyTorch's bf16 backward on a CPU is 14 times slower (measured)
-        with torch.autocast(x.device.type, enabled=False):
-            x = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype))
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
 
 
 class DiTBlock(nn.Module):
@@ -643,8 +647,8 @@ class LightningDiT(nn.Module):
 
     def __init__(self, dim, depth, heads, d=32, num_classes=1000, grid=(16, 16), patch=1, qk_norm=False):
         super().__init__()
-        self.arguments = dict(dim=dim, depth=depth, heads=heads, d=d, num_classes=num_classes, grid=list(grid),
-                              patch=patch, qk_norm=qk_norm)  # plain: what rebuilds the model
+        self.arguments = {"dim": dim, "depth": depth, "heads": heads, "d": d, "num_classes": num_classes,
+                          "grid": list(grid), "patch": patch, "qk_norm": qk_norm}  # what rebuilds the model
         self.dim, self.heads, self.d, self.num_classes, self.patch = dim, heads, d, num_classes, patch
         self.grid = (grid[0] // patch, grid[1] // patch)  # in tokens
         self.checkpointing = False
@@ -714,20 +718,21 @@ def dit_arguments(state):
     dim, d, patch, _ = state["x_embedder.proj.weight"].shape
     tokens, head_dim = state["feat_rope.freqs_cos"].shape
     table = state.get("y_embedder.embedding_table.weight")
-    return dict(dim=dim, depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-                heads=dim // head_dim, d=d, num_classes=0 if table is None else len(table) - 1,
-                grid=[math.isqrt(tokens) * patch] * 2, patch=patch, qk_norm="blocks.0.attn.q_norm.weight" in state)
+    return {"dim": dim, "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+                "heads": dim // head_dim, "d": d, "num_classes": 0 if table is None else len(table) - 1,
+                "grid": [math.isqrt(tokens) * patch] * 2, "patch": patch,
+                "qk_norm": "blocks.0.attn.q_norm.weight" in state}
 
 
 # ------------------------------------------------------------------------------------------------- named sizes
 
 # name: arguments of DINOv2 (the register variants, name_reg4, add registers=4)
 ENCODERS = {
-    "tiny14": dict(dim=192, depth=4, grid=4),  # of the preset tiny; no official weights
-    "vits14": dict(dim=384, depth=12),  # 22,056,576 parameters
-    "vitb14": dict(dim=768, depth=12),  # 86,580,480
-    "vitl14": dict(dim=1024, depth=24),  # 304,368,640
-    "vitg14": dict(dim=1536, depth=40, swiglu=True),  # 1,136,480,768
+    "tiny14": {"dim": 192, "depth": 4, "grid": 4},  # of the preset tiny; no official weights
+    "vits14": {"dim": 384, "depth": 12},  # 22,056,576 parameters
+    "vitb14": {"dim": 768, "depth": 12},  # 86,580,480
+    "vitl14": {"dim": 1024, "depth": 24},  # 304,368,640
+    "vitg14": {"dim": 1536, "depth": 40, "swiglu": True},  # 1,136,480,768
 }
 DINOV2_SHA256 = {
     "vits14": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
@@ -737,16 +742,16 @@ DINOV2_SHA256 = {
 
 # name: arguments of Decoder and Encoder but d
 DECODERS = {
-    "tiny": dict(ch=32, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=1),
-    "vavae": dict(ch=128, ch_mult=[1, 1, 2, 2, 4], num_res_blocks=2),  # decoder 41,417,603, encoder 28,413,248
+    "tiny": {"ch": 32, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 1},
+    "vavae": {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2},  # decoder 41,417,603, encoder 28,413,248
 }
 
 # name: arguments of LightningDiT; parameters with 32 channels, 16x16 latents, 1000 classes, the fixed embedding counted
 DITS = {
-    "tiny": dict(dim=192, depth=6, heads=3),  # for 4x4 latents on a CPU
-    "B/1": dict(dim=768, depth=12, heads=12),  # 130,556,192
-    "L/1": dict(dim=1024, depth=24, heads=16),  # 458,152,960
-    "XL/1": dict(dim=1152, depth=28, heads=16),  # 675,256,736
-    "1p0B/1": dict(dim=1536, depth=24, heads=24),  # 1,029,401,120
-    "1p6B/1": dict(dim=1792, depth=28, heads=28),  # 1,631,767,120
+    "tiny": {"dim": 192, "depth": 6, "heads": 3},  # for 4x4 latents on a CPU
+    "B/1": {"dim": 768, "depth": 12, "heads": 12},  # 130,556,192
+    "L/1": {"dim": 1024, "depth": 24, "heads": 16},  # 458,152,960
+    "XL/1": {"dim": 1152, "depth": 28, "heads": 16},  # 675,256,736
+    "1p0B/1": {"dim": 1536, "depth": 24, "heads": 24},  # 1,029,401,120
+    "1p6B/1": {"dim": 1792, "depth": 28, "heads": 28},  # 1,631,767,120
 }

@@ -36,9 +36,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
@@ -48,27 +48,28 @@ from model import DECODERS, ENCODERS, DINOv2, Tokenizer, UserError, find_weights
 
 # What trains, whether the frozen stage-1 copy is the reference of L_sp, whether the result is the EMA of the weights.
 STAGES = {
-    1: dict(name="latent alignment", trains=("adapter", "decoder"), reference=False, ema=False),
-    2: dict(name="perceptual alignment", trains=("encoder", "adapter", "decoder"), reference=True, ema=True),
-    3: dict(name="decoder refinement", trains=("decoder",), reference=False, ema=True),
+    1: {"name": "latent alignment", "trains": ("adapter", "decoder"), "reference": False, "ema": False},
+    2: {"name": "perceptual alignment", "trains": ("encoder", "adapter", "decoder"), "reference": True, "ema": True},
+    3: {"name": "decoder refinement", "trains": ("decoder",), "reference": False, "ema": True},
 }
 
 # The defaults of the flags of the same name. size: image side in px; disc_ch: width of the discriminator.
 PRESETS = {
-    "tiny": dict(size=64, encoder="tiny14", decoder="tiny", disc_ch=16, data="shapes", steps=(250, 250, 100),
-                 batch_size=32, lr=1e-3, w_p=0.0, disc_start=150, ema_decay=0.98, workers=0, log_every=25,
-                 save_every=100, grid_every=100, val_images=512, probe_images=2048, pretrain_steps=500),
-    "paper": dict(size=256, encoder="vitl14", decoder="vavae", disc_ch=64, data="data/imagenet/train",
-                  steps=(100_000, 200_000, 100_000), batch_size=256, lr=1e-4, w_p=1.0, disc_start=2_500,
-                  ema_decay=0.9999, workers=8, log_every=50, save_every=2_500, grid_every=2_500, val_images=5_000,
-                  probe_images=50_000, pretrain_steps=0),
+    "tiny": {"size": 64, "encoder": "tiny14", "decoder": "tiny", "disc_ch": 16, "data": "shapes",
+             "steps": (250, 300, 150), "batch_size": 32, "lr": 1e-3, "w_p": 0.0, "disc_start": 250, "ema_decay": 0.98,
+             "workers": 0, "log_every": 25, "save_every": 100, "grid_every": 100, "val_images": 512,
+             "probe_images": 4096, "pretrain_steps": 500},
+    "paper": {"size": 256, "encoder": "vitl14", "decoder": "vavae", "disc_ch": 64, "data": "data/imagenet/train",
+              "steps": (100_000, 200_000, 100_000), "batch_size": 256, "lr": 1e-4, "w_p": 1.0, "disc_start": 2_500,
+              "ema_decay": 0.9999, "workers": 8, "log_every": 50, "save_every": 2_500, "grid_every": 2_500,
+              "val_images": 5_000, "probe_images": 50_000, "pretrain_steps": 0},
 }
 
 
 # ------------------------------------------------------------------------------------------------- randomness, images
 
 def rng(*key):
-    """A generator that is a function of its key alone, such as (seed, "augment", stage, epoch, image). Keys are hashed."""
+    """A generator that is a function of its hashed key alone, such as (seed, "augment", stage, epoch, image)."""
     return np.random.default_rng([k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key])
 
 
@@ -84,7 +85,7 @@ def load_image(path):
                 img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
             return img.convert("RGB")
     except Exception as e:  # whatever a broken file makes of PIL's decoders
-        raise UserError(f"unreadable image {path}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from None
+        raise UserError(f"unreadable image {path}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
 
 
 def resize_short_side(img, size):
@@ -171,26 +172,29 @@ _turn = np.linspace(0, 2 * np.pi, 48)
 _circle = _ngon(48)
 
 
+# The semantics of the built-in data: a polygon each; a second polygon, where there is one, is cut out.
+SHAPES = {
+    "circle": [_circle], "ring": [_circle, 0.6 * _circle], "crescent": [_circle, 0.85 * _circle + [0.45, 0]],
+    "triangle": [_ngon(3)], "square": [_ngon(4)], "pentagon": [_ngon(5)], "star": [_ngon(5, 0.42)],
+    "frame": [_ngon(4), 0.6 * _ngon(4)],
+    "cross": [np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3),
+                        (-1, .3), (-1, -.3), (-.3, -.3)])],
+    "heart": [np.stack([np.sin(_turn) ** 3, -(13 * np.cos(_turn) - 5 * np.cos(2 * _turn) - 2 * np.cos(3 * _turn)
+                                              - np.cos(4 * _turn)) / 16], axis=1)],
+    "arrow": [np.array([(0, -1), (.8, -.1), (.3, -.1), (.3, 1), (-.3, 1), (-.3, -.1), (-.8, -.1)])],
+    "ell": [np.array([(-.8, -1), (-.2, -1), (-.2, .4), (.8, .4), (.8, 1), (-.8, 1)])],
+}
+
+
 class Shapes:
     """The built-in data: one filled shape on a background, drawn on the fly, image i a function of (split, i).
 
     Semantics: the shape (12 classes, closed under flips). Nuisance: colours and textures of shape and ground, size,
-    place, rotation by up to 17 degrees. Each part is a polygon; a second polygon, where there is one, is cut out."""
-    SHAPES = {
-        "circle": [_circle], "ring": [_circle, 0.6 * _circle], "crescent": [_circle, 0.85 * _circle + [0.45, 0]],
-        "triangle": [_ngon(3)], "square": [_ngon(4)], "pentagon": [_ngon(5)], "star": [_ngon(5, 0.42)],
-        "frame": [_ngon(4), 0.6 * _ngon(4)],
-        "cross": [np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3),
-                            (-1, .3), (-1, -.3), (-.3, -.3)])],
-        "heart": [np.stack([np.sin(_turn) ** 3, -(13 * np.cos(_turn) - 5 * np.cos(2 * _turn) - 2 * np.cos(3 * _turn)
-                                                  - np.cos(4 * _turn)) / 16], axis=1)],
-        "arrow": [np.array([(0, -1), (.8, -.1), (.3, -.1), (.3, 1), (-.3, 1), (-.3, -.1), (-.8, -.1)])],
-        "ell": [np.array([(-.8, -1), (-.2, -1), (-.2, .4), (.8, .4), (.8, 1), (-.8, 1)])],
-    }
+    place, rotation by up to 17 degrees."""
 
     def __init__(self, split="train", n=8192, size=64):
         self.split, self.n, self.size = split, n, size
-        self.classes = list(self.SHAPES)
+        self.classes = list(SHAPES)
         self.labels = [i % len(self.classes) for i in range(n)]
         self.identity = f"shapes-{split}-{n}-{size}"
         self._drawn = {}  # 12 KB an image at 64 px: an image is drawn once in a process
@@ -214,7 +218,7 @@ class Shapes:
         place = S / 2 + 0.6 * r.uniform(radius - S / 2, S / 2 - radius, 2)
         turn = radius * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         canvas = Image.new("L", (4 * S, 4 * S))  # four times too large, then averaged: smooth edges
-        for part, fill in zip(self.SHAPES[self.classes[self.labels[i]]], (255, 0)):
+        for part, fill in zip(SHAPES[self.classes[self.labels[i]]], (255, 0)):
             ImageDraw.Draw(canvas).polygon([tuple(p) for p in 4 * (part @ turn + place)], fill=fill)
         mask = np.asarray(canvas.reduce(4), np.float32)[..., None] / 255
         return ((mask * shape + (1 - mask) * ground) * 255).round().clip(0, 255).astype(np.uint8)
@@ -350,7 +354,7 @@ def no_sync(module, skip):
 
 
 def autocast_dtype(name, device):
-    """--dtype: auto is bf16 where the hardware multiplies it natively (Ampere GPUs, CPUs with AVX512-BF16), else fp32."""
+    """--dtype: auto is bf16 where the hardware has it (Ampere GPUs, CPUs with AVX512-BF16), else fp32."""
     if name == "auto":
         native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
             getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
@@ -359,7 +363,7 @@ def autocast_dtype(name, device):
 
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file and then renames it: `path` is the old file or the new one, never a half."""
+    """Calls write(file) on a temporary file and then renames it: `path` is the old file or the new, never a half."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -382,8 +386,8 @@ def save_checkpoint(path, content):
 class Run:
     """A folder with its log.csv and its checkpoints PREFIX_step*.pt, of which the last two are kept. Rank 0 writes.
 
-    To be used in a `with`: the folder is locked meanwhile, and SIGTERM and Ctrl-C set `stopping`, which the loop obeys at
-    the next step boundary."""
+    To be used in a `with`: the folder is locked meanwhile, and SIGTERM and Ctrl-C set `stopping`, which the loop obeys
+    at the next step boundary."""
 
     def __init__(self, out, rank, columns):
         self.out, self.rank, self.columns = Path(out), rank, columns
@@ -391,7 +395,7 @@ class Run:
         if rank == 0:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
-                self.lock = open(self.out / ".lock", "w")
+                self.lock = os.open(self.out / ".lock", os.O_RDWR | os.O_CREAT)
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another run is writing to {out}; choose another --out or wait for it") from None
@@ -405,8 +409,8 @@ class Run:
     def __exit__(self, *_):
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
-        if self.lock:
-            self.lock.close()
+        if self.lock is not None:
+            os.close(self.lock)
 
     def _stop(self, *_):
         if self.stopping:  # a second signal does not wait
@@ -504,7 +508,7 @@ class Meter:
     def state(self):
         """Sums averaged over the ranks, as numbers."""
         values = losses.average_over_ranks(torch.stack(list(self.sums.values()))).tolist() if self.sums else []
-        return dict(sums=dict(zip(self.sums, values)), count=self.count)
+        return {"sums": dict(zip(self.sums, values)), "count": self.count}
 
     def load(self, state):
         self.sums = {k: torch.tensor(v, dtype=torch.float64, device=self.bad.device) for k, v in state["sums"].items()}
@@ -536,7 +540,8 @@ def assert_finite(module, run, prefix):
     """Before a checkpoint: a bad gradient shows in the weights before it shows in a loss."""
     finite = torch.stack([p.isfinite().all() for p in module.parameters()]).all()
     if not finite:
-        raise UserError(f"weights are not finite; nothing of it was saved; last good checkpoint: {run.last_good(prefix)}")
+        raise UserError("weights are not finite; nothing of it was saved; last good checkpoint: "
+                        f"{run.last_good(prefix)}")
 
 
 def run(main):
@@ -553,9 +558,9 @@ def run(main):
 
 @torch.no_grad()
 def encode_means(tokenizer, view, n, workers, device, batch_size=64):
-    """Encodes n images spread evenly over the view. Returns the means over positions of latents (n, d) and of
+    """Encodes n images, a fixed random choice of the view's. Returns the means over positions of latents (n, d) and of
     pre-adapter tokens (n, D), the labels (n,), and the latents' mean and std per channel (d,), all on the CPU."""
-    chosen = np.linspace(0, len(view.data) - 1, min(n, len(view.data))).astype(int).tolist()
+    chosen = sorted(rng("encode").permutation(len(view.data))[:n].tolist())
     order = [[(0, i) for i in chosen[first:first + batch_size]] for first in range(0, len(chosen), batch_size)]
     latents, tokens, labels, moments = [], [], [], 0
     for x, y in batches(view, order, workers, device):
@@ -660,7 +665,8 @@ def pretrain_encoder(encoder, data, args, device):
         loss.backward()
         optimiser.step()
         schedule.step()
-    print(f"stand-in pretraining: last batch loss {loss.item():.3f}, accuracy {(logits.argmax(1) == y).float().mean():.1%}")
+    accuracy = (logits.argmax(1) == y).float().mean()
+    print(f"stand-in pretraining: last batch loss {loss.item():.3f}, accuracy {accuracy:.1%}")
 
 
 def stage1_encoder(args, data, run_, rank, device):
@@ -670,9 +676,9 @@ def stage1_encoder(args, data, run_, rank, device):
     path = run_.out / "encoder.pt"
     if not path.exists() and rank == 0:
         if not data.labels:
-            raise UserError("the stand-in encoder is trained on labels: give --data with a folder per class, or --encoder")
-        print("NOTE: the preset tiny has no foundation encoder. A small one of the DINOv2 class is trained on the labels "
-              "first, as a stand-in; its figures say nothing about DINOv2.")
+            raise UserError("the stand-in encoder is trained on labels: give --data one folder per class, or --encoder")
+        print("NOTE: the preset tiny has no foundation encoder. A small one of the DINOv2 class is first trained on "
+              "the labels, as a stand-in; its figures say nothing about DINOv2.")
         torch.manual_seed(args.seed)
         encoder = DINOv2(**ENCODERS["tiny14"])
         pretrain_encoder(encoder, data, args, device)
@@ -697,7 +703,7 @@ def training_step(x, s, args, gan, last):
         # Eq. 1: L_rec = L1 + w_p L_perceptual + w_g L_GAN, w_g = --w-g times the ratio of the gradients
         with s.autocast():
             loss, l1, perceptual = losses.reconstruction_loss(x, recon, s.lpips, args.w_p)
-        log = dict(l1=l1, perceptual=perceptual, rec=loss)
+        log = {"l1": l1, "perceptual": perceptual, "rec": loss}
         if gan:
             s.discriminator.requires_grad_(False)  # no gradient of G's loss in D's parameters
             with s.autocast():
@@ -716,7 +722,7 @@ def training_step(x, s, args, gan, last):
             else:
                 l_sp = losses.semantic_preservation(tokens, tokens_ref, args.sp_loss, dim=-1)
             loss = loss + args.w_sp * l_sp
-            log.update(sp=l_sp, sp_to_var=l_sp / s.reference.latent_std.square().mean())  # z0's variance, stage 1's data
+            log.update(sp=l_sp, sp_to_var=l_sp / s.reference.latent_std.square().mean())  # the variance of stage 1's z0
         (loss / args.accum).backward()
 
         if gan:
@@ -729,7 +735,8 @@ def training_step(x, s, args, gan, last):
     return {k: v.detach().float() for k, v in log.items()}
 
 
-COLUMNS = ["stage", "step", "l1", "perceptual", "rec", "g_loss", "adaptive", "sp", "sp_to_var", "d_loss", "d_real", "d_fake"]
+COLUMNS = ["stage", "step", "l1", "perceptual", "rec", "g_loss", "adaptive", "sp", "sp_to_var",
+           "d_loss", "d_real", "d_fake"]
 
 
 def start_of_stage(stage, args, data, run_, rank, device):
@@ -747,14 +754,14 @@ def start_of_stage(stage, args, data, run_, rank, device):
         return tokenizer, discriminator, None, 0
     path = Path(args.init or run_.out / f"stage{stage - 1}.pt")
     if not path.exists():
-        raise UserError(f"stage {stage} continues from stage {stage - 1}, but there is no {path}: run --stage {stage - 1} "
-                        "first, or give --init CKPT")
+        raise UserError(f"stage {stage} continues from stage {stage - 1}, but there is no {path}: "
+                        f"run --stage {stage - 1} first, or give --init CKPT")
     content = load_file(path)
-    if "discriminator" not in content or "arguments" not in content:
+    if not {"discriminator", "arguments", "total_steps"} <= content.keys():
         raise UserError(f"{path} is not the final checkpoint of a stage (expected stage{stage - 1}.pt)")
     if content["stage"] != stage - 1:
         raise UserError(f"{path} is of stage {content['stage']}; stage {stage} continues from stage {stage - 1}")
-    wanted = dict(decoder=args.decoder, d=args.d, disc_ch=args.disc_ch)
+    wanted = {"decoder": args.decoder, "d": args.d, "disc_ch": args.disc_ch}
     if args.encoder_given:
         wanted["encoder"] = args.encoder
     check_same(content["run"], wanted, path)
@@ -783,8 +790,8 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
     dtype = autocast_dtype(args.dtype, device)
     same = dict(stage=stage, start=start_fingerprint, data=data.identity, dtype=str(dtype).removeprefix("torch."),
                 lpips=lpips is not None, **{k: getattr(args, k) for k in (
-                    "encoder", "decoder", "d", "disc_ch", "size", "batch_size", "accum", "lr", "seed", "w_p", "w_g", "w_sp",
-                    "sp_loss", "sp_at", "disc_start", "ema_decay")})
+                    "encoder", "decoder", "d", "disc_ch", "size", "batch_size", "accum", "lr", "seed", "w_p", "w_g",
+                    "w_sp", "sp_loss", "sp_at", "disc_start", "ema_decay")})
     final = run_.out / f"{prefix}.pt"
     if final.exists():
         content = load_file(final)
@@ -800,7 +807,7 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
         opt_d.load_state_dict(opt_d_state)
     ema = copy.deepcopy(tokenizer).requires_grad_(False).eval() if plan["ema"] else None
     meter, step = Meter(device), 0
-    torch.manual_seed(int(rng(args.seed, "stage", stage, rank).integers(2 ** 62)))  # nothing in a step draws from it yet
+    torch.manual_seed(int(rng(args.seed, "stage", stage, rank).integers(2 ** 62)))  # no step draws from it yet
 
     saved = run_.resume(prefix, same)
     if saved:
@@ -832,20 +839,21 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
     count = sum(p.numel() for p in trained)
     frozen = sum(p.numel() for p in tokenizer.parameters()) - count
     print_0(f"\nstage {stage}, {plan['name']}: {' '.join(plan['trains'])} train, {count / 1e6:.2f}M parameters; "
-            f"{frozen / 1e6:.2f}M frozen; discriminator {sum(p.numel() for p in discriminator.parameters()) / 1e6:.2f}M\n"
-            f"  {len(data)} images of {args.size} px, batch {args.batch_size} = {world} ranks x {args.accum} micro-batches x "
-            f"{args.batch_size // world // args.accum}, {len(data) / args.batch_size:.1f} steps an epoch, {steps} steps"
-            f"{f', resuming at step {step}' if step else ''}\n  {device.type}, {str(dtype).removeprefix('torch.')}, w_p "
-            f"{args.w_p:g}, w_g {args.w_g:g} from step {args.disc_start} of all stages, w_sp {args.w_sp:g}")
+            f"{frozen / 1e6:.2f}M frozen; discriminator {sum(p.numel() for p in discriminator.parameters()) / 1e6:.2f}M"
+            f"\n  {len(data)} images of {args.size} px, batch {args.batch_size} = {world} ranks x {args.accum} "
+            f"micro-batches x {args.batch_size // world // args.accum}, {len(data) / args.batch_size:.1f} steps an "
+            f"epoch, {steps} steps{f', resuming at step {step}' if step else ''}\n  {device.type}, {same['dtype']}, "
+            f"w_p {args.w_p:g}, w_g {args.w_g:g} from step {args.disc_start} of all stages, w_sp {args.w_sp:g}")
 
     def save():
         meter.check(run_, prefix)
         for module in (tokenizer, discriminator):
             assert_finite(module, run_, prefix)
-        run_.save(prefix, step, dict(
-            stage=stage, step=step, run=same, arguments=tokenizer.arguments, tokenizer=tokenizer.state_dict(),
-            ema=ema.state_dict() if ema is not None else None, discriminator=discriminator.state_dict(),
-            opt_g=opt_g.state_dict(), opt_d=opt_d.state_dict(), meter=meter.state(), rng=rng_states()))
+        run_.save(prefix, step, {
+            "stage": stage, "step": step, "run": same, "arguments": tokenizer.arguments,
+            "tokenizer": tokenizer.state_dict(), "ema": ema.state_dict() if ema is not None else None,
+            "discriminator": discriminator.state_dict(), "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict(),
+            "meter": meter.state(), "rng": rng_states()})
 
     bar = tqdm(total=steps, initial=step, desc=f"stage {stage}", disable=rank != 0, mininterval=1)
     while step < steps:
@@ -887,10 +895,10 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
         figures = validate(result, data, held_out, args, device, lpips)
         print(f"stage {stage} on {min(args.val_images, len(held_out))} held-out images: " + ", ".join(
             f"{k} {v:.4f}" if k in ("rec", "ssim") else f"{k} {v:.2f}" for k, v in figures.items()))
-        save_checkpoint(final, dict(
-            stage=stage, step=step, total_steps=steps_before + step, run=same, arguments=result.arguments,
-            tokenizer=result.state_dict(), discriminator=discriminator.state_dict(), opt_d=opt_d.state_dict(),
-            validation=figures))
+        save_checkpoint(final, {
+            "stage": stage, "step": step, "total_steps": steps_before + step, "run": same,
+            "arguments": result.arguments, "tokenizer": result.state_dict(),
+            "discriminator": discriminator.state_dict(), "opt_d": opt_d.state_dict(), "validation": figures})
         print(f"saved {final}")
     if dist.is_initialized():
         dist.barrier()
@@ -968,7 +976,8 @@ def main(argv=None):
     args = parse(argv)
     rank, world, device = setup_ranks()
     if args.batch_size % (world * args.accum):
-        raise UserError(f"--batch-size {args.batch_size} does not split into {world} ranks x {args.accum} micro-batches")
+        raise UserError(f"--batch-size {args.batch_size} does not split into {world} ranks x {args.accum} "
+                        "micro-batches")
     if args.stage == "all" and args.init:
         raise UserError("--init continues from an earlier stage: it goes with --stage 2 or 3")
     stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
