@@ -29,17 +29,30 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision.models.inception as tv
 from PIL import Image
+from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import losses
 from model import Tokenizer, UserError, find_weights, load_encoder, load_file, load_strictly, sha256
-from train_tokenizer import (Folder, Shapes, View, batches, center_crop, encode_means, in_order, linear_probe, print_0,
-                             run, setup_ranks, to_uint8, write_atomically)
+from train_tokenizer import (
+    Folder,
+    Shapes,
+    View,
+    batches,
+    center_crop,
+    encode_means,
+    in_order,
+    linear_probe,
+    print_0,
+    run,
+    setup_ranks,
+    to_uint8,
+    write_atomically,
+)
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -104,7 +117,7 @@ class Inception(tv.Inception3):
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17*17*7), HWC as in TensorFlow
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (B, 2048, 8, 8)
         pool = x.mean((2, 3))  # (B, 2048)
-        return dict(pool=pool, spatial=spatial, logits=pool @ self.fc.weight.T)
+        return {"pool": pool, "spatial": spatial, "logits": pool @ self.fc.weight.T}
 
 
 def resize_tf1(x, size=299):
@@ -147,7 +160,7 @@ class DINOv2Features(nn.Module):
         small = [np.asarray(Image.fromarray(img).resize((self.side, self.side), Image.BICUBIC))
                  for img in images.permute(0, 2, 3, 1).cpu().numpy()]
         x = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).to(self.mean.device).float() / 255
-        return dict(pool=self.encoder((x - self.mean) / self.std)[0])
+        return {"pool": self.encoder((x - self.mean) / self.std)[0]}
 
 
 def load_dinov2(spec):
@@ -194,7 +207,7 @@ class Source(Dataset):
             with np.load(self.path, allow_pickle=False) as npz:
                 keys = npz.files
                 if {"mu", "sigma"} <= set(keys):
-                    self.statistics = {k: npz[k] for k in keys if k in "mu sigma mu_s sigma_s n resize weights".split()}
+                    self.statistics = {k: npz[k] for k in keys if k != "arr_0"}
             if "arr_0" in keys:
                 with zipfile.ZipFile(self.path) as z, z.open("arr_0.npy") as f:
                     self.n, H, W = self._read_header(f)
@@ -206,9 +219,8 @@ class Source(Dataset):
 
     def _read_header(self, f):
         """Reads arr_0's header from the open file: (N, H, W)."""
-        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(np.lib.format.read_magic(f),
-                                                                 np.lib.format.read_array_header_2_0)
-        shape, fortran, dtype = read(f)
+        old = np.lib.format.read_magic(f) == (1, 0)
+        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(f)
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not shape[0]:
             raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3), not {dtype} {shape}")
         return shape[:3]
@@ -329,7 +341,7 @@ class Features:
 @torch.inference_mode()
 def extract(source, net, keep, args, rank, world, device):
     """Runs the network over a source's images. keep: layer -> whether its rows are kept. Returns layer -> Features."""
-    dims = dict(pool=net.dims, spatial=2023, logits=1008)
+    dims = {"pool": net.dims, "spatial": 2023, "logits": 1008}
     out = {layer: Features(source.n, dims[layer], device, rows) for layer, rows in keep.items()}
     for images, index in source.read(args, rank, world, device):
         layers = net(images, args.resize)
@@ -422,8 +434,8 @@ class Report:
         self.inputs, self.figures, self.warnings = inputs, [], []
 
     def add(self, metric, value, n_ref, n, resize, weights, std=None, note=""):
-        self.figures.append(dict(metric=metric, value=value, std=std, n_ref=n_ref, n=n, resize=resize,
-                                 weights=weights and weights[:8], note=note))
+        self.figures.append({"metric": metric, "value": value, "std": std, "n_ref": n_ref, "n": n, "resize": resize,
+                             "weights": weights and weights[:8], "note": note})
 
     def warn_few(self, name, n):
         if n and n < 2048:

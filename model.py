@@ -53,6 +53,12 @@ def load_strictly(module, state, path):
         raise UserError(f"{path} does not fit {type(module).__name__}: {' '.join(problems)[:300]}") from None
 
 
+def print_0(text):
+    """Prints on the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -61,18 +67,19 @@ def sha256(path):
 def find_weights(url, digest, flag, file=None):
     """Path of an external weight file: `file` if given, else torch hub's cache, else downloaded there.
 
-    `digest` is the sha256, or its first characters, or "" where none is known (then the computed one is printed).
-    A download is verified before it gets its name. `flag` is what the message names where there is no network."""
+    `digest` is the sha256, or its first characters, or "" where none is known: what is cached or downloaded must have
+    it, and what was found is printed. `flag` is what the message names where there is no network."""
     if file:
         if not Path(file).is_file():
             raise UserError(f"{flag} {file}: no such file (the official one is {url})")
+        print_0(f"{flag} {file}: sha256 {sha256(file)}")
         return Path(file)
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if not path.is_file():
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            print(f"downloading {url}")
+            print_0(f"downloading {url}")
             urllib.request.urlretrieve(url, part)
         except OSError as e:
             part.unlink(missing_ok=True)
@@ -81,7 +88,10 @@ def find_weights(url, digest, flag, file=None):
             part.unlink()
             raise UserError(f"download of {url} is damaged (sha256 differs); fetch it by hand and pass {flag} FILE")
         part.rename(path)
-    print(f"{path.name}: sha256 {sha256(path)}" if not digest else f"{path.name}: from {path.parent}")
+    found = sha256(path)
+    if not found.startswith(digest):
+        raise UserError(f"{path} is damaged (its sha256 is {found}, not {digest}): delete it, or pass {flag} FILE")
+    print_0(f"{path}: sha256 {found}")
     return path
 
 
@@ -260,7 +270,7 @@ def load_encoder(spec):
     if spec.startswith("random:"):
         if arguments is None:
             raise UserError(f"--encoder {spec}: no such size, choose from {', '.join(ENCODERS)} (and _reg4)")
-        print(f"encoder {name}: RANDOM weights, as asked for")
+        print_0(f"encoder {name}: RANDOM weights, as asked for")
         return DINOv2(**arguments), arguments
     if arguments is not None and name != "tiny14":
         stem = f"dinov2_{name.removesuffix('_reg4')}"
@@ -268,6 +278,7 @@ def load_encoder(spec):
         path = find_weights(url, DINOV2_SHA256.get(name, ""), "--encoder")
     elif Path(spec).is_file():
         path = Path(spec)
+        print_0(f"encoder {path}: sha256 {sha256(path)}")
     else:
         raise UserError(f"--encoder {spec}: neither a file nor one of {', '.join(list(ENCODERS)[1:])} (and _reg4)")
     state = encoder_state(load_file(path, "encoder"))
@@ -383,9 +394,10 @@ class Level(nn.Module):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
-        for change in ("downsample", "upsample"):
-            if hasattr(self, change):
-                x = getattr(self, change)(x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
         return x
 
 

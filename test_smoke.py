@@ -409,12 +409,13 @@ def small_run():
 def test_stages_train_what_they_say():
     out = small_run()
     files = {n: load_file(out / f"stage{n}.pt")["tokenizer"] for n in (1, 2, 3)}
-    torch.manual_seed(0)
-    quietly(load_encoder, "random:tiny14")
+    torch.manual_seed(int(tt.rng(0, "encoder").integers(2 ** 62)))
+    start, _ = quietly(load_encoder, "random:tiny14")
 
     def changed(a, b):
         return {k.split(".")[0] for k in a if not k.startswith("latent_") and not torch.equal(a[k], b[k])}
 
+    assert not changed({f"encoder.{k}": v for k, v in start.state_dict().items()}, files[1]), "stage 1 freezes E_p"
     assert changed(files[1], files[2]) == {"encoder", "adapter", "decoder"}
     assert changed(files[2], files[3]) == {"decoder"}
     assert same({k: v for k, v in files[2].items() if k.startswith("latent_")},

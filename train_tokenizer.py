@@ -44,7 +44,18 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 import losses
-from model import DECODERS, ENCODERS, DINOv2, Tokenizer, UserError, find_weights, load_encoder, load_file, load_strictly
+from model import (
+    DECODERS,
+    ENCODERS,
+    DINOv2,
+    Tokenizer,
+    UserError,
+    find_weights,
+    load_encoder,
+    load_file,
+    load_strictly,
+    print_0,
+)
 
 # What trains, whether the frozen stage-1 copy is the reference of L_sp, whether the result is the EMA of the weights.
 STAGES = {
@@ -353,6 +364,16 @@ def no_sync(module, skip):
     return module.no_sync() if skip and isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 goes through the block (and downloads, or trains and saves) before the others, which find it done."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
+
+
 def autocast_dtype(name, device):
     """--dtype: auto is bf16 where the hardware has it (Ampere GPUs, CPUs with AVX512-BF16), else fp32."""
     if name == "auto":
@@ -608,14 +629,12 @@ def linear_probe(train_x, train_y, val_x, val_y):
 # ------------------------------------------------------------------------------------------------------ validation
 
 @torch.no_grad()
-def validate(tokenizer, data, held_out, args, device, lpips):
+def validate(stage, tokenizer, data, held_out, args, device, lpips):
     """The line at the end of a stage: held-out L_rec without its GAN term, PSNR, SSIM, and the linear probe of the
     latents (Figure 3) with that of the pre-adapter tokens beside it. It also fills the latent statistics. In fp32."""
     tokenizer.eval()
     z, t, y, (mean, std) = encode_means(tokenizer, View(data, args.size), args.probe_images, args.workers, device)
-    if tokenizer.latent_std.any() and args.stage == 3:
-        pass  # stage 3 leaves encoder and adapter alone: the statistics stay, and with them the fingerprint
-    else:
+    if stage != 3:  # which leaves encoder and adapter alone: the statistics stay, and with them the fingerprint
         tokenizer.latent_mean.copy_(mean)
         tokenizer.latent_std.copy_(std)
     view, n = View(held_out, args.size), min(args.val_images, len(held_out))
@@ -672,7 +691,8 @@ def pretrain_encoder(encoder, data, args, device):
 def stage1_encoder(args, data, run_, rank, device):
     """E_p and its arguments: official or from a file; or, for the preset tiny, the stand-in trained here, once."""
     if args.encoder != "tiny14":
-        return load_encoder(args.encoder)
+        with rank_0_first():
+            return load_encoder(args.encoder)
     path = run_.out / "encoder.pt"
     if not path.exists() and rank == 0:
         if not data.labels:
@@ -742,12 +762,12 @@ COLUMNS = ["stage", "step", "l1", "perceptual", "rec", "g_loss", "adaptive", "sp
 def start_of_stage(stage, args, data, run_, rank, device):
     """(tokenizer, discriminator, state of D's optimiser or None, steps trained before): stage 1 starts from E_p, the
     others from the final checkpoint of the stage before."""
-    discriminator = None
     if stage == 1:
         if args.init:
             raise UserError("--init continues from an earlier stage: it goes with --stage 2 or 3")
+        torch.manual_seed(int(rng(args.seed, "encoder").integers(2 ** 62)))  # for random:NAME
         encoder, arguments = stage1_encoder(args, data, run_, rank, device)
-        torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))
+        torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))  # the same on every rank, whatever E_p is
         discriminator = losses.PatchGAN(args.disc_ch)
         tokenizer = Tokenizer(arguments, DECODERS[args.decoder], d=args.d)
         tokenizer.encoder.load_state_dict(encoder.state_dict())
@@ -775,7 +795,6 @@ def start_of_stage(stage, args, data, run_, rank, device):
 def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
     """One stage from its start, or from its last checkpoint, to its final checkpoint stage{N}.pt."""
     plan, steps, prefix = STAGES[stage], args.steps_of[stage], f"stage{stage}"
-    args.stage = stage
     tokenizer, discriminator, opt_d_state, steps_before = start_of_stage(stage, args, data, run_, rank, device)
     tokenizer.to(device)
     discriminator.to(device)
@@ -892,7 +911,7 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
 
     result = tokenizer if ema is None else ema
     if rank == 0:
-        figures = validate(result, data, held_out, args, device, lpips)
+        figures = validate(stage, result, data, held_out, args, device, lpips)
         print(f"stage {stage} on {min(args.val_images, len(held_out))} held-out images: " + ", ".join(
             f"{k} {v:.4f}" if k in ("rec", "ssim") else f"{k} {v:.2f}" for k, v in figures.items()))
         save_checkpoint(final, {
@@ -902,11 +921,6 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
         print(f"saved {final}")
     if dist.is_initialized():
         dist.barrier()
-
-
-def print_0(text):
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- CLI
@@ -986,8 +1000,9 @@ def main(argv=None):
         check_data([data, held_out])
     lpips = None
     if args.w_p > 0:
-        files = (find_weights(losses.VGG16_URL, losses.VGG16_SHA256, "--vgg16", args.vgg16),
-                 find_weights(losses.HEADS_URL, losses.HEADS_SHA256, "--lpips-heads", args.lpips_heads))
+        with rank_0_first():
+            files = (find_weights(losses.VGG16_URL, losses.VGG16_SHA256, "--vgg16", args.vgg16),
+                     find_weights(losses.HEADS_URL, losses.HEADS_SHA256, "--lpips-heads", args.lpips_heads))
         lpips = losses.LPIPS(*files).to(device)
     elif args.preset == "tiny":
         print_0("w_p = 0: no perceptual loss (give --vgg16 and --lpips-heads to turn it on)")
@@ -998,6 +1013,8 @@ def main(argv=None):
                 path.unlink()
             if stages[0] == 1:
                 (run_.out / "encoder.pt").unlink(missing_ok=True)
+        if dist.is_initialized():
+            dist.barrier()  # nobody resumes from what is being deleted
         for stage in stages:
             train_stage(stage, args, run_, data, held_out, lpips, rank, world, device)
     print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
