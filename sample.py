@@ -17,6 +17,7 @@ Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 import argparse
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -29,14 +30,13 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from model import LightningDiT, Tokenizer, UserError, dit_arguments, load_file, load_strictly, sha256
-from train_tokenizer import (autocast_dtype, check_same, print_0, rng, run, save_grid, setup_ranks, to_uint8,
-                             write_atomically)
+from model import LightningDiT, Tokenizer, UserError, dit_arguments, load_file, load_strictly, print_0, sha256
+from train_tokenizer import autocast_dtype, check_same, rng, run, save_grid, setup_ranks, to_uint8, write_atomically
 
 # The defaults of the flags of the same name. shift: LightningDiT's s = 0.3 seen from the paper's direction, 1 / s.
 PRESETS = {
-    "tiny": dict(num=96, steps=25, cfg=2.0, cfg_interval=(0.0, 1.0), shift=1.0, batch_size=96),
-    "paper": dict(num=64, steps=250, cfg=4.0, cfg_interval=(0.0, 0.89), shift=1 / 0.3, batch_size=64),
+    "tiny": {"num": 96, "steps": 25, "cfg": 2.0, "cfg_interval": (0.0, 1.0), "shift": 1.0, "batch_size": 96},
+    "paper": {"num": 64, "steps": 250, "cfg": 4.0, "cfg_interval": (0.0, 0.89), "shift": 1 / 0.3, "batch_size": 64},
 }
 
 
@@ -78,7 +78,7 @@ class Velocity:
 
 def integrate(velocity, z, times, method="euler"):
     """Follows dz/dt = velocity(z, t) along the times, from z at the first to the result at the last."""
-    for t, t_next in zip(times[:-1], times[1:]):
+    for t, t_next in itertools.pairwise(times):
         v = velocity(z, t)
         if method == "heun":
             v = (v + velocity(z + (t_next - t) * v, t_next)) / 2
@@ -175,7 +175,11 @@ class Rows:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._start(about, overwrite)
             except BlockingIOError:
+                os.close(self.lock)
                 raise UserError(f"another process is writing {path}; wait for it") from None
+            except UserError:
+                self._unlock()
+                raise
             except OSError as e:
                 raise UserError(f"cannot write {path}: {e.strerror}") from None
         if self.world > 1:
@@ -192,15 +196,15 @@ class Rows:
             self.missing = np.setdiff1d(np.arange(n), np.concatenate([np.empty(0, np.int64), *done]))
             if self.world > 1:
                 dist.barrier()  # all have read before the first writes
-            self.rows = open(self.part, "r+b", buffering=0)
-            self.journal = open(f"{path}.done{self.rank}", "ab", buffering=0)
-            self.journal.truncate(self.journal.tell() // 8 * 8)
+            self.rows = os.open(self.part, os.O_WRONLY)
+            self.journal = os.open(f"{path}.done{self.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.ftruncate(self.journal, os.fstat(self.journal).st_size // 8 * 8)  # a number cut off
 
     def _journals(self):
         return sorted(self.path.parent.glob(f"{self.path.name}.done*"))
 
     def _start(self, about, overwrite):
-        self.lock = open(f"{self.path}.lock", "w")
+        self.lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT)
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         then = json.loads(self.about.read_text()) if self.about.exists() else {}
         if overwrite and then != about:
@@ -213,13 +217,13 @@ class Rows:
             for old in self._journals():
                 old.unlink()
             shape, dtype = self.row
-            header = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=(self.n, *shape))
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (self.n, *shape)}
             write_atomically(self.part, lambda f: np.lib.format.write_array_header_1_0(f, header))
 
     def _unlock(self):
         if self.rank == 0:
-            self.lock.close()
-            Path(self.lock.name).unlink(missing_ok=True)
+            Path(f"{self.path}.lock").unlink(missing_ok=True)
+            os.close(self.lock)
 
     def mine(self, batch_size):
         """The missing rows of this rank, a run of neighbours, in batches."""
@@ -231,12 +235,11 @@ class Rows:
         values = np.ascontiguousarray(values, self.row[1])
         try:
             for i, value in zip(indices, values):
-                self.rows.seek(self.offset + int(i) * value.nbytes)
-                if self.rows.write(value) < value.nbytes:
+                if os.pwrite(self.rows, value, self.offset + int(i) * value.nbytes) < value.nbytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self.rows.fileno())
-            self.journal.write(np.asarray(indices, np.int64).tobytes())
-            os.fsync(self.journal.fileno())
+            os.fsync(self.rows)
+            os.write(self.journal, np.asarray(indices, np.int64).tobytes())
+            os.fsync(self.journal)
         except OSError as e:
             raise UserError(f"cannot write {self.part}: {e.strerror}; make room and repeat the command: it goes on "
                             "from what is there") from None
@@ -244,8 +247,8 @@ class Rows:
     def finish(self, pack=None):
         """All ranks: wait for each other, then the array gets its name; pack(array file, destination file) may change
         its format on the way."""
-        self.rows.close()
-        self.journal.close()
+        os.close(self.rows)
+        os.close(self.journal)
         if self.world > 1:
             dist.barrier()
         if self.rank == 0:

@@ -27,19 +27,37 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import losses
-from model import DITS, LightningDiT, UserError
+from model import DITS, LightningDiT, UserError, print_0
 from sample import Rows, choose_labels, generate, grid_rows, load_tokenizer, time_grid
-from train_tokenizer import (Meter, Order, Run, View, assert_finite, autocast_dtype, batches, center_crop, no_sync,
-                             open_data, print_0, rng, rng_states, run, save_grid, setup_ranks, to_tensor, update_ema,
-                             wrap)
+from train_tokenizer import (
+    Meter,
+    Order,
+    Run,
+    View,
+    assert_finite,
+    autocast_dtype,
+    batches,
+    center_crop,
+    no_sync,
+    open_data,
+    rng,
+    rng_states,
+    run,
+    save_grid,
+    setup_ranks,
+    to_tensor,
+    update_ema,
+    wrap,
+)
 
 # The defaults of the flags of the same name. size: image side in px.
 PRESETS = {
-    "tiny": dict(model="tiny", data="shapes", size=64, steps=1500, batch_size=128, lr=1e-3, ema_decay=0.995, workers=0,
-                 log_every=25, save_every=500, grid_every=500, encode_batch=64, val_images=512),
-    "paper": dict(model="XL/1", data="data/imagenet/train", size=256, steps=80_000, batch_size=1024, lr=2e-4,
-                  ema_decay=0.9999, workers=8, log_every=100, save_every=5_000, grid_every=5_000, encode_batch=128,
-                  val_images=5_000),
+    "tiny": {"model": "tiny", "data": "shapes", "size": 64, "steps": 1500, "batch_size": 128, "lr": 1e-3,
+             "ema_decay": 0.995, "workers": 0, "log_every": 25, "save_every": 500, "grid_every": 500,
+             "encode_batch": 64, "val_images": 512},
+    "paper": {"model": "XL/1", "data": "data/imagenet/train", "size": 256, "steps": 80_000, "batch_size": 1024,
+              "lr": 2e-4, "ema_decay": 0.9999, "workers": 8, "log_every": 100, "save_every": 5_000,
+              "grid_every": 5_000, "encode_batch": 128, "val_images": 5_000},
 }
 BINS = 5  # of t, in the log
 COLUMNS = ["step", "loss", "mse", "cosine", "grad_norm",
@@ -61,7 +79,8 @@ def cached_latents(path, tokenizer, data, args, device):
     for i in np.linspace(0, n - 1, min(n, 8)).astype(int):
         item = few[0, int(i)]
         pixels.update(item.encode() if isinstance(item, str) else item[0].numpy().tobytes())
-    about = dict(tokenizer=tokenizer.fingerprint(), data=data.identity, pixels=pixels.hexdigest()[:16], size=args.size)
+    about = {"tokenizer": tokenizer.fingerprint(), "data": data.identity, "pixels": pixels.hexdigest()[:16],
+             "size": args.size}
     rows = Rows(path, n, (2, tokenizer.d, side, side), np.float16, about, args.overwrite)
     if not rows.complete:
         print_0(f"encoding {len(rows.missing)} of {n} images, original and flipped, into {path} "
@@ -117,7 +136,7 @@ def training_step(batch, s, args, last):
         with s.autocast():
             loss, mse, cosine = losses.flow_matching(s.network, z0, z1, t, y, args.w_cos)
         (loss / args.accum).backward()
-    log = dict(loss=loss.detach(), mse=mse.mean(), cosine=cosine)
+    log = {"loss": loss.detach(), "mse": mse.mean(), "cosine": cosine}
     for kind, values in zip(("sum", "number"), losses.by_time(mse, t, BINS)):
         log.update({f"{kind}{i}": value for i, value in enumerate(values)})
     return log
@@ -217,9 +236,9 @@ def train(args, run_, rank, world, device):
         if step % args.save_every == 0 or step == args.steps or stop:
             meter.check(run_, prefix)
             assert_finite(model, run_, prefix)
-            run_.save(prefix, step, dict(
-                step=step, run=same, arguments=model.arguments, model=model.state_dict(), ema=ema.state_dict(),
-                opt=opt.state_dict(), meter=meter.state(), rng=rng_states()))
+            run_.save(prefix, step, {
+                "step": step, "run": same, "arguments": model.arguments, "model": model.state_dict(),
+                "ema": ema.state_dict(), "opt": opt.state_dict(), "meter": meter.state(), "rng": rng_states()})
         if stop and step < args.steps:
             bar.close()
             raise UserError(f"stopped by a signal at step {step}; saved {run_.last_good(prefix)}; repeat the command "

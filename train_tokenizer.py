@@ -713,7 +713,7 @@ def stage1_encoder(args, data, run_, rank, device):
 def training_step(x, s, args, gan, last):
     """Figure 2, one micro-batch: backward through L_rec + w_sp L_sp, then through the discriminator's loss.
 
-    x: (B, 3, H, W). s: the stage's networks (see train_stage). gan: whether the adversarial terms are on yet. last:
+    x: (B, 3, H, W). s: the stage's networks (see set_up_stage). gan: whether the adversarial terms are on yet. last:
     whether this micro-batch completes the global batch. Returns what is logged, as scalars on the device."""
     with no_sync(s.generator, not last), no_sync(s.critic, not last):
         with s.autocast():
@@ -739,10 +739,11 @@ def training_step(x, s, args, gan, last):
                 z_ref = s.reference.adapt(tokens_ref, *z.shape[-2:])
             if args.sp_at == "adapter":
                 l_sp = losses.semantic_preservation(z, z_ref, args.sp_loss, dim=1)
+                log["sp_to_var"] = l_sp / s.reference.latent_std.square().mean()  # the variance of stage 1's z0
             else:
                 l_sp = losses.semantic_preservation(tokens, tokens_ref, args.sp_loss, dim=-1)
             loss = loss + args.w_sp * l_sp
-            log.update(sp=l_sp, sp_to_var=l_sp / s.reference.latent_std.square().mean())  # the variance of stage 1's z0
+            log["sp"] = l_sp
         (loss / args.accum).backward()
 
         if gan:
@@ -792,135 +793,148 @@ def start_of_stage(stage, args, data, run_, rank, device):
     return tokenizer, discriminator, content["opt_d"], content["total_steps"]
 
 
-def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
-    """One stage from its start, or from its last checkpoint, to its final checkpoint stage{N}.pt."""
-    plan, steps, prefix = STAGES[stage], args.steps_of[stage], f"stage{stage}"
+def set_up_stage(stage, args, run_, data, lpips, rank, device):
+    """The stage's networks, its optimisers and EMA, and `run`, the arguments that a resume must repeat."""
     tokenizer, discriminator, opt_d_state, steps_before = start_of_stage(stage, args, data, run_, rank, device)
     tokenizer.to(device)
     discriminator.to(device)
 
     # What the stage trains, and against what
     tokenizer.requires_grad_(False).eval()
-    for part in plan["trains"]:
+    for part in STAGES[stage]["trains"]:
         getattr(tokenizer, part).requires_grad_(True).train()
     tokenizer.encoder.mask_token.requires_grad_(False)
-    reference = copy.deepcopy(tokenizer).requires_grad_(False).eval() if plan["reference"] else None
-    start_fingerprint = tokenizer.fingerprint()
-    dtype = autocast_dtype(args.dtype, device)
-    same = dict(stage=stage, start=start_fingerprint, data=data.identity, dtype=str(dtype).removeprefix("torch."),
-                lpips=lpips is not None, **{k: getattr(args, k) for k in (
-                    "encoder", "decoder", "d", "disc_ch", "size", "batch_size", "accum", "lr", "seed", "w_p", "w_g",
-                    "w_sp", "sp_loss", "sp_at", "disc_start", "ema_decay")})
-    final = run_.out / f"{prefix}.pt"
-    if final.exists():
-        content = load_file(final)
-        check_same(content["run"], same, final)
-        if content["step"] >= steps:
-            print_0(f"stage {stage} is complete: {final}")
-            return
-
     trained = [p for p in tokenizer.parameters() if p.requires_grad]
+    reference = copy.deepcopy(tokenizer).requires_grad_(False).eval() if STAGES[stage]["reference"] else None
+    ema = copy.deepcopy(tokenizer).requires_grad_(False).eval() if STAGES[stage]["ema"] else None
+
     opt_g = torch.optim.Adam(trained, args.lr, betas=(0.5, 0.9), fused=True)
     opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     if opt_d_state:
         opt_d.load_state_dict(opt_d_state)
-    ema = copy.deepcopy(tokenizer).requires_grad_(False).eval() if plan["ema"] else None
-    meter, step = Meter(device), 0
+    dtype = autocast_dtype(args.dtype, device)
+    what = {"stage": stage, "start": tokenizer.fingerprint(), "data": data.identity, "lpips": lpips is not None,
+            "dtype": str(dtype).removeprefix("torch.")}
+    what |= {k: getattr(args, k) for k in (
+        "encoder", "decoder", "d", "disc_ch", "size", "batch_size", "accum", "lr", "seed", "w_p", "w_g", "w_sp",
+        "sp_loss", "sp_at", "disc_start", "ema_decay")}
     torch.manual_seed(int(rng(args.seed, "stage", stage, rank).integers(2 ** 62)))  # no step draws from it yet
+    return SimpleNamespace(
+        run=what, steps_before=steps_before, step=0, tokenizer=tokenizer, discriminator=discriminator, trained=trained,
+        reference=reference, ema=ema, lpips=lpips, opt_g=opt_g, opt_d=opt_d, meter=Meter(device),
+        autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
 
-    saved = run_.resume(prefix, same)
+
+def stage_state(s):
+    """All that a resume needs."""
+    return {"stage": s.run["stage"], "step": s.step, "run": s.run, "arguments": s.tokenizer.arguments,
+            "tokenizer": s.tokenizer.state_dict(), "ema": s.ema.state_dict() if s.ema is not None else None,
+            "discriminator": s.discriminator.state_dict(), "opt_g": s.opt_g.state_dict(),
+            "opt_d": s.opt_d.state_dict(), "meter": s.meter.state(), "rng": rng_states()}
+
+
+def load_stage_state(s, saved, rank):
+    for name in ("tokenizer", "discriminator", "opt_g", "opt_d", *(["ema"] if s.ema is not None else [])):
+        getattr(s, name).load_state_dict(saved[name])
+    s.meter.load(saved["meter"])
+    s.step = saved["step"]
+    torch.set_rng_state(saved["rng"][rank % len(saved["rng"])])
+
+
+def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
+    """One stage from its start, or from its last checkpoint, to its final checkpoint stage{N}.pt."""
+    steps, prefix, final = args.steps_of[stage], f"stage{stage}", run_.out / f"stage{stage}.pt"
+    s = set_up_stage(stage, args, run_, data, lpips, rank, device)
+    if final.exists():
+        done = load_file(final)
+        check_same(done["run"], s.run, final)
+        if done["step"] >= steps:
+            print_0(f"stage {stage} is complete: {final}")
+            return
+    saved = run_.resume(prefix, s.run)
     if saved:
-        tokenizer.load_state_dict(saved["tokenizer"])
-        discriminator.load_state_dict(saved["discriminator"])
-        opt_g.load_state_dict(saved["opt_g"])
-        opt_d.load_state_dict(saved["opt_d"])
-        if ema is not None:
-            ema.load_state_dict(saved["ema"])
-        meter.load(saved["meter"])
-        step = saved["step"]
-        torch.set_rng_state(saved["rng"][rank % len(saved["rng"])])
-        if step > steps:
-            raise UserError(f"{run_.last_good(prefix)} is already at step {step}; --steps {steps} is behind it")
-    run_.rewind_log(stage, step // args.log_every * args.log_every)  # the meter still holds what came after
+        load_stage_state(s, saved, rank)
+        if s.step > steps:
+            raise UserError(f"{run_.last_good(prefix)} is already at step {s.step}; --steps {steps} is behind it")
+    run_.rewind_log(stage, s.step // args.log_every * args.log_every)  # the meter still holds what came after
 
     if args.checkpointing:
-        tokenizer.checkpoint_activations()
+        s.tokenizer.checkpoint_activations()
     if args.compile:  # block by block and in place: keys stay, and the adaptive weight's gradient stays cheap
-        for block in [*tokenizer.encoder.blocks, *tokenizer.decoder.up]:
+        for block in [*s.tokenizer.encoder.blocks, *s.tokenizer.decoder.up]:
             block.compile()
-    s = SimpleNamespace(
-        tokenizer=tokenizer, generator=wrap(tokenizer, device), discriminator=discriminator,
-        critic=wrap(discriminator, device), reference=reference, lpips=lpips,
-        autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
-    order = Order(len(data), args.batch_size, (args.seed, "order", stage), step, args.accum, rank, world)
+    s.generator, s.critic = wrap(s.tokenizer, device), wrap(s.discriminator, device)
+    order = Order(len(data), args.batch_size, (args.seed, "order", stage), s.step, args.accum, rank, world)
     stream = batches(View(data, args.size, (args.seed, "augment", stage)), order, args.workers, device)
+    describe_stage(stage, s, args, data, world, device)
 
-    count = sum(p.numel() for p in trained)
-    frozen = sum(p.numel() for p in tokenizer.parameters()) - count
-    print_0(f"\nstage {stage}, {plan['name']}: {' '.join(plan['trains'])} train, {count / 1e6:.2f}M parameters; "
-            f"{frozen / 1e6:.2f}M frozen; discriminator {sum(p.numel() for p in discriminator.parameters()) / 1e6:.2f}M"
-            f"\n  {len(data)} images of {args.size} px, batch {args.batch_size} = {world} ranks x {args.accum} "
-            f"micro-batches x {args.batch_size // world // args.accum}, {len(data) / args.batch_size:.1f} steps an "
-            f"epoch, {steps} steps{f', resuming at step {step}' if step else ''}\n  {device.type}, {same['dtype']}, "
-            f"w_p {args.w_p:g}, w_g {args.w_g:g} from step {args.disc_start} of all stages, w_sp {args.w_sp:g}")
-
-    def save():
-        meter.check(run_, prefix)
-        for module in (tokenizer, discriminator):
-            assert_finite(module, run_, prefix)
-        run_.save(prefix, step, {
-            "stage": stage, "step": step, "run": same, "arguments": tokenizer.arguments,
-            "tokenizer": tokenizer.state_dict(), "ema": ema.state_dict() if ema is not None else None,
-            "discriminator": discriminator.state_dict(), "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict(),
-            "meter": meter.state(), "rng": rng_states()})
-
-    bar = tqdm(total=steps, initial=step, desc=f"stage {stage}", disable=rank != 0, mininterval=1)
-    while step < steps:
-        gan = args.w_g > 0 and steps_before + step >= args.disc_start
+    bar = tqdm(total=steps, initial=s.step, desc=f"stage {stage}", disable=rank != 0, mininterval=1)
+    while s.step < steps:
+        gan = args.w_g > 0 and s.steps_before + s.step >= args.disc_start
         for micro in range(args.accum):
             x, _ = next(stream)
-            meter.add(step + 1, training_step(x, s, args, gan, last=micro == args.accum - 1))
-        opt_g.step()
-        opt_g.zero_grad(set_to_none=True)
+            s.meter.add(s.step + 1, training_step(x, s, args, gan, last=micro == args.accum - 1))
+        s.opt_g.step()
+        s.opt_g.zero_grad(set_to_none=True)
         if gan:
-            opt_d.step()
-            opt_d.zero_grad(set_to_none=True)
-        if ema is not None:
-            update_ema(ema, tokenizer, args.ema_decay)
-        step += 1
+            s.opt_d.step()
+            s.opt_d.zero_grad(set_to_none=True)
+        if s.ema is not None:
+            update_ema(s.ema, s.tokenizer, args.ema_decay)
+        s.step += 1
         bar.update()
 
-        if step % args.log_every == 0 or step == steps:
-            meter.check(run_, prefix)
-            row = dict(stage=stage, step=step, **meter.average())
+        if s.step % args.log_every == 0 or s.step == steps:
+            s.meter.check(run_, prefix)
+            row = {"stage": stage, "step": s.step} | s.meter.average()
             run_.log(row)
-            if step % args.log_every == 0:
-                meter.reset()
+            if s.step % args.log_every == 0:
+                s.meter.reset()
             bar.set_postfix({k: f"{row[k]:.3g}" for k in ("rec", "sp", "d_loss") if k in row})
-        if rank == 0 and (step % args.grid_every == 0 or step == steps):
-            reconstruction_grid(tokenizer if ema is None else ema, held_out, args, device,
-                                run_.out / f"{prefix}_step{step:08d}.png")
+        if rank == 0 and (s.step % args.grid_every == 0 or s.step == steps):
+            picture = run_.out / f"{prefix}_step{s.step:08d}.png"
+            reconstruction_grid(s.ema or s.tokenizer, held_out, args, device, picture)
         stop = run_.should_stop()
-        if step % args.save_every == 0 or step == steps or stop:
-            save()
-        if stop and step < steps:
+        if s.step % args.save_every == 0 or s.step == steps or stop:
+            s.meter.check(run_, prefix)
+            for module in (s.tokenizer, s.discriminator):
+                assert_finite(module, run_, prefix)
+            run_.save(prefix, s.step, stage_state(s))
+        if stop and s.step < steps:
             bar.close()
-            raise UserError(f"stopped by a signal at step {step} of stage {stage}; saved {run_.last_good(prefix)}; "
+            raise UserError(f"stopped by a signal at step {s.step} of stage {stage}; saved {run_.last_good(prefix)}; "
                             "repeat the command to go on")
     bar.close()
-
-    result = tokenizer if ema is None else ema
     if rank == 0:
-        figures = validate(stage, result, data, held_out, args, device, lpips)
-        print(f"stage {stage} on {min(args.val_images, len(held_out))} held-out images: " + ", ".join(
-            f"{k} {v:.4f}" if k in ("rec", "ssim") else f"{k} {v:.2f}" for k, v in figures.items()))
-        save_checkpoint(final, {
-            "stage": stage, "step": step, "total_steps": steps_before + step, "run": same,
-            "arguments": result.arguments, "tokenizer": result.state_dict(),
-            "discriminator": discriminator.state_dict(), "opt_d": opt_d.state_dict(), "validation": figures})
-        print(f"saved {final}")
+        finish_stage(stage, s, args, data, held_out, device, final)
     if dist.is_initialized():
         dist.barrier()
+
+
+def describe_stage(stage, s, args, data, world, device):
+    count, d_count = (sum(p.numel() for p in params) for params in (s.trained, s.discriminator.parameters()))
+    frozen = sum(p.numel() for p in s.tokenizer.parameters()) - count
+    steps = args.steps_of[stage]
+    print_0(f"\nstage {stage}, {STAGES[stage]['name']}: {' '.join(STAGES[stage]['trains'])} train, {count / 1e6:.2f}M "
+            f"parameters; {frozen / 1e6:.2f}M frozen; discriminator {d_count / 1e6:.2f}M\n"
+            f"  {len(data)} images of {args.size} px, batch {args.batch_size} = {world} ranks x {args.accum} "
+            f"micro-batches x {args.batch_size // world // args.accum}, {len(data) / args.batch_size:.1f} steps an "
+            f"epoch, {steps} steps{f', resuming at step {s.step}' if s.step else ''}\n"
+            f"  {device.type}, {s.run['dtype']}, w_p {args.w_p:g}, w_g {args.w_g:g} from step {args.disc_start} of all "
+            f"stages, w_sp {args.w_sp:g}")
+
+
+def finish_stage(stage, s, args, data, held_out, device, final):
+    """Validates the stage's result (its EMA, where it has one); saves it as a tokenizer, with D for the next stage."""
+    result = s.ema or s.tokenizer
+    figures = validate(stage, result, data, held_out, args, device, s.lpips)
+    print(f"stage {stage} on {min(args.val_images, len(held_out))} held-out images: " + ", ".join(
+        f"{k} {v:.4f}" if k in ("rec", "ssim") else f"{k} {v:.2f}" for k, v in figures.items()))
+    save_checkpoint(final, {
+        "stage": stage, "step": s.step, "total_steps": s.steps_before + s.step, "run": s.run,
+        "arguments": result.arguments, "tokenizer": result.state_dict(),
+        "discriminator": s.discriminator.state_dict(), "opt_d": s.opt_d.state_dict(), "validation": figures})
+    print(f"saved {final}")
 
 
 # -------------------------------------------------------------------------------------------------------------- CLI
