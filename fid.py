@@ -649,7 +649,7 @@ def parse(argv=None):
     add("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth (default: torch hub's cache)")
     add("--vgg16", metavar="FILE", help="torchvision's VGG16, for LPIPS")
     add("--lpips-heads", metavar="FILE", help="LPIPS v0.1 VGG heads")
-    add("--batch-size", type=int, default=64, help="images per forward; it changes no figure (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="images per forward of a network (default: %(default)s)")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="loader processes a rank (default: %(default)s)")
     args = p.parse_args(argv)
     if bool(args.paths) + bool(args.recon) + bool(args.probe) != 1:
