@@ -8,6 +8,7 @@ import copy
 import csv
 import functools
 import io
+import json
 import math
 import operator
 import os
@@ -17,15 +18,32 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 
+import fid
 import losses
 import train_tokenizer as tt
-from model import DECODERS, ENCODERS, Adapter, Decoder, DINOv2, Encoder, Tokenizer, UserError, load_encoder, load_file
+from model import (
+    DECODERS,
+    ENCODERS,
+    Adapter,
+    AttnBlock,
+    Decoder,
+    DINOv2,
+    Downsample,
+    Encoder,
+    GroupNorm,
+    Tokenizer,
+    UserError,
+    load_encoder,
+    load_file,
+)
 
 HERE = Path(__file__).resolve().parent
 TMP = Path(tempfile.mkdtemp(prefix="aligntok-"))
@@ -183,7 +201,6 @@ def test_encoder_files():
 
 def test_convolutional_parts():
     """GroupNorm, attention and the asymmetric downsampling against torch's own and explicit formulas."""
-    from model import AttnBlock, Downsample, GroupNorm
     for channels, groups in ((128, 32), (512, 32), (64, 16)):
         x, norm = torch.randn(2, channels, 6, 4), randomised(GroupNorm(channels))
         assert torch.allclose(norm(x), F.group_norm(x, groups, norm.weight, norm.bias, 1e-6), atol=1e-6)
@@ -267,7 +284,6 @@ def test_semantic_preservation():
 
 def test_lpips():
     """Random VGG16 and heads: zero for equal images, finite gradients where features vanish, and an independent sum."""
-    import torchvision
     vgg = torchvision.models.vgg16().features[:30].eval()
     heads = [torch.rand(1, c, 1, 1) for c in (64, 128, 256, 512, 512)]
     torch.save({f"features.{k}": v for k, v in vgg.state_dict().items()}, TMP / "vgg.pth")
@@ -442,7 +458,7 @@ def test_generator_step_leaves_the_discriminator_alone():
     torch.manual_seed(0)
     tok, disc = Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]), losses.PatchGAN(16)
     tok.encoder.requires_grad_(False).eval()
-    s = tt.SimpleNamespace(tokenizer=tok, generator=tok, discriminator=disc, critic=disc, reference=None, lpips=None,
+    s = SimpleNamespace(tokenizer=tok, generator=tok, discriminator=disc, critic=disc, reference=None, lpips=None,
                            autocast=contextlib.nullcontext)
     args = tt.parse(["--preset", "tiny"])
     x = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -549,6 +565,224 @@ def test_tokenizer_errors():
     assert "cut.pt" in error_of(Tokenizer.load, TMP / "cut.pt")
     with tt.Run(out, 0, tt.COLUMNS):
         assert "another run" in error()
+
+
+# -------------------------------------------------------------------------------------------------------------- fid.py
+
+def close(a, b, tolerance=1e-9):
+    assert abs(a - b) <= tolerance * max(1, abs(b)), (a, b)
+
+
+def gaussian(mu, sigma):
+    """Statistics without the images behind them."""
+    return SimpleNamespace(n=None, rows=None, mu=torch.tensor(mu).double(), sigma=torch.tensor(sigma).double())
+
+
+def test_frechet_closed_forms():
+    r = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 8, generator=r).double() @ torch.randn(8, 8, generator=r).double()
+    a = fid.Features.of(x)
+    close(fid.frechet(a, a), 0)
+    shifted = fid.Features.of(x + torch.arange(8.))
+    close(fid.frechet(a, shifted), (torch.arange(8.) ** 2).sum().item(), 1e-6)
+    # diagonal covariances: sum of (s1 - s2)^2
+    one, two = gaussian([0., 0., 0.], np.diag([1., 4., 9.])), gaussian([1., 0., 0.], np.diag([4., 4., 1.]))
+    close(fid.frechet(one, two), 1 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2)
+    # two dimensions that do not commute: Tr (S1 S2)^(1/2) = sqrt(Tr S1 S2 + 2 sqrt(det S1 S2))
+    one, two = gaussian([0., 0.], [[2., 1.], [1., 3.]]), gaussian([0., 0.], [[1., -.5], [-.5, 4.]])
+    product = one.sigma @ two.sigma
+    root = (product.trace() + 2 * product.det().sqrt()).sqrt()
+    close(fid.frechet(one, two), (one.sigma.trace() + two.sigma.trace() - 2 * root).item())
+
+
+def test_frechet_of_few_images():
+    r = torch.Generator().manual_seed(1)
+    few, many = torch.randn(20, 64, generator=r), 2 * torch.randn(300, 64, generator=r)
+    a, b = fid.Features.of(few), fid.Features.of(many)
+    assert a.rows is not None and b.rows is None  # N <= D: the N x N route
+    by_rows = fid.frechet(a, b)
+    assert by_rows == fid.frechet(b, a)
+    close(by_rows, fid.frechet(gaussian(a.mu.numpy(), a.sigma.numpy()), b), 1e-6)  # the D x D route
+    other = fid.Features.of(few[:7] + 1)  # both sets few
+    close(fid.frechet(a, other), fid.frechet(gaussian(other.mu.numpy(), other.sigma.numpy()), a), 1e-6)
+    close(fid.frechet(a, a), 0)
+
+
+def test_streaming_covariance():
+    x = torch.randn(100, 5, generator=torch.Generator().manual_seed(2)).double() + 1e5  # E[xx'] - mm' would lose it
+    features = fid.Features(100, 5)
+    for index in torch.arange(100).split(7):  # a last batch of 2
+        features.add(x[index], index)
+    features.finish()
+    assert torch.allclose(features.mu, x.mean(0), rtol=1e-14)
+    assert torch.allclose(features.sigma, torch.cov((x - 1e5).T), rtol=1e-9)
+
+
+def test_precision_recall_by_hand():
+    ref = torch.tensor([[0.], [1.], [2.], [3.]])  # with k = 1 every ball has radius 1
+    samples = torch.tensor([[3.5], [4.], [4.5], [10.]])  # radii .5 .5 .5 5.5
+    # 3.5 and 4 (on the edge) lie in the ball of 3; of the reference only 3 lies in a ball, that of 3.5
+    assert fid.precision_recall(ref, samples, k=1) == (0.5, 0.25)
+    assert fid.precision_recall(ref, ref, k=3) == (1.0, 1.0)
+    assert fid.precision_recall(ref, ref + 100, k=3) == (0.0, 0.0)
+
+
+def test_kid_by_hand():
+    x, y = torch.tensor([[1., 0.], [0., 1.]]), torch.tensor([[1., 1.], [0., 0.]])
+    # k(x1, x2) = k(y1, y2) = 1; between the sets 1.5^3, 1, 1.5^3, 1
+    mean, std, size = fid.kid(x, y)
+    assert (mean, std, size) == (1 + 1 - 2 * (1.5 ** 3 + 1) / 2, 0, 2)
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(3))
+    assert fid.kid(x, x + 1, size=10) == fid.kid(x, x + 1, size=10)  # seeded
+    assert fid.kid(x, x + 1, size=10) != fid.kid(x, x + 1, size=10, seed=1)
+
+
+def test_inception_score_closed_forms():
+    one_hot = 100 * torch.eye(10).repeat(20, 1)
+    close(fid.inception_score(one_hot)[0], 10, 1e-6)
+    close(fid.inception_score(torch.zeros(50, 10))[0], 1)
+    sorted_classes = 100 * torch.eye(2).repeat_interleave(5000, 0)
+    close(fid.inception_score(sorted_classes)[0], 1, 1e-6)  # ADM: each chunk of 5000, in file order, is one class
+    close(fid.inception_score(sorted_classes, splits=4)[0], 2, 1e-2)  # torch-fidelity shuffles first
+
+
+def test_resize_tf1_by_hand():
+    def row(values, size):
+        return fid.resize_tf1(torch.tensor(values).view(1, 1, 1, -1).expand(1, 1, 3, -1), size)[0, 0, 0].tolist()
+
+    assert row([0., 10.], 4) == [0, 5, 10, 10]  # src 0 .5 1 1.5: the last one beyond the last pixel
+    assert row([1., 2., 3., 4.], 2) == [1, 3]  # src 0 2: no averaging, no half pixel
+    assert row([0., 2., 6.], 2) == [0, 4]  # src 0 1.5
+    image = torch.arange(299. * 299).view(1, 1, 299, 299)
+    assert torch.equal(fid.resize_tf1(image), image)
+    rows = fid.resize_tf1(torch.tensor([[0., 10.], [20., 30.]])[None, None], 4)[0, 0, :, 0].tolist()
+    assert rows == [0, 10, 20, 20]
+
+
+def test_inception():
+    torch.manual_seed(0)
+    net = fid.Inception()
+    assert sum(p.numel() for p in net.parameters()) == 23_850_960
+    # the official file's names are torchvision's of the model without auxiliary head, 1008 classes
+    with torch.device("meta"):
+        names = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False).state_dict()
+    assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in names.items()}
+    without = {k: v for k, v in net.state_dict().items() if "num_batches" not in k}  # as the file of 2018
+    fid.load_strictly(net, without, "test")
+    assert torch.equal(fid.average_pool(torch.ones(1, 1, 4, 4)), torch.ones(1, 1, 4, 4))  # the padding does not count
+    last = torch.zeros(1, 1, 3, 3)
+    last[0, 0, 0, 0] = 1.
+    assert net.Mixed_7c.pool(last).sum() == 4 and net.Mixed_7b.pool(last)[0, 0, 0, 0] == 0.25
+
+    seen = {}
+    net.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.update(x=output))
+    out = net(torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8))
+    assert {k: tuple(v.shape) for k, v in out.items()} == {"pool": (2, 2048), "spatial": (2, 2023), "logits": (2, 1008)}
+    assert torch.equal(out["spatial"].view(2, 17, 17, 7)[1, 3, 5], seen["x"][1, :7, 3, 5])  # HWC
+    assert torch.allclose(out["logits"], out["pool"] @ net.fc.weight.T)
+
+
+def figures(*argv):
+    """Runs fid.py on the command line's arguments; metric -> value."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "figures.json"
+        quietly(fid.main, [*map(str, argv), "--workers", "0", "--json", str(out)])
+        return {f["metric"]: f["value"] for f in json.loads(out.read_text())["figures"]}
+
+
+def fid_error(*argv):
+    return error_of(fid.main, [*map(str, argv), "--workers", "0"])
+
+
+def write_images(folder, n=12, size=64, seed=0):
+    """n PNG files in two class folders; returns them as an array."""
+    images = np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    images[::2, : size // 2] = 30 * seed
+    for i, image in enumerate(images):
+        path = Path(folder) / f"class{i % 2}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return np.concatenate([images[::2], images[1::2]])  # in the order of the file names
+
+
+def test_fid_commands():
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        a, b, toy = root / "a", root / "b", root / "encoder.pt"
+        images, _ = write_images(a, seed=1), write_images(b, seed=2)
+        torch.save(DINOv2(**ENCODERS["tiny14"]).state_dict(), toy)
+        features = ["--features", "dinov2", "--encoder", toy]
+        by_folder = figures(a, b, *features)
+        assert set(by_folder) == {"FD-DINOv2", "precision", "recall", "KID"}
+        assert all(abs(figures(a, b, *features, "--batch-size", "5")[k] - v) < 1e-4 for k, v in by_folder.items())
+        close(figures(a, a, *features, "--metrics", "fid")["FD-DINOv2"], 0, 1e-6)
+
+        # the same images as an npz; their statistics; both in one file, as ADM's reference batches
+        np.savez_compressed(root / "images.npz", arr_0=images)
+        close(figures(root / "images.npz", b, *features)["FD-DINOv2"], by_folder["FD-DINOv2"], 1e-6)
+        quietly(fid.main, [str(a), "--save-stats", str(root / "ref.npz"), *map(str, features), "--workers", "0"])
+        by_statistics = figures(root / "ref.npz", b, *features)
+        assert set(by_statistics) == {"FD-DINOv2"}
+        close(by_statistics["FD-DINOv2"], by_folder["FD-DINOv2"], 1e-6)
+        with np.load(root / "ref.npz") as ref:
+            np.savez(root / "both.npz", arr_0=images[:8], mu=ref["mu"], sigma=ref["sigma"])
+        both = figures(root / "both.npz", b, *features)
+        assert set(both) == set(by_folder)
+        close(both["FD-DINOv2"], by_folder["FD-DINOv2"], 1e-6)
+
+        # one line for each mistake
+        (root / "none").mkdir()
+        assert "no images" in fid_error(root / "none", b)
+        assert "not found" in fid_error(root / "missing", b)
+        np.savez(root / "keys.npz", other=np.zeros(3))
+        assert "neither images (arr_0) nor statistics" in fid_error(root / "keys.npz", b)
+        np.savez(root / "dims.npz", mu=np.zeros(10), sigma=np.eye(10))
+        assert "(10,)" in fid_error(root / "dims.npz", b, *features, "--metrics", "fid")
+        assert "--metrics kid" in fid_error(root / "dims.npz", b, *features, "--metrics", "kid")
+        np.savez(root / "pickle.npz", arr_0=np.array([{}], dtype=object))
+        assert "uint8" in fid_error(root / "pickle.npz", b)
+        assert "pretrained.pth" in fid_error(a, b, "--inception", root / "pretrained.pth")
+        assert "does not fit Inception" in fid_error(a, b, "--inception", toy)
+        assert "--metrics nonsense" in fid_error(a, b, "--metrics", "nonsense")
+        assert "two paths" in fid_error(a)
+        assert "was saved with weights" in fid_error(root / "ref.npz", b, "--features", "dinov2", "--encoder",
+                                                 "random:tiny14")
+        Image.new("RGB", (80, 64)).save(a / "class1" / "wide.png")
+        wrong = fid_error(a, b, *features)
+        assert "64x64" in wrong and "80x64" in wrong and "wide.png" in wrong and "--size" in wrong
+        assert figures(a, b, *features, "--size", "48", "--metrics", "fid")
+        (b / "class1" / "broken.png").write_bytes(b"\x89PNG")
+        assert "broken.png" in fid_error(a, b, *features, "--size", "48")
+        one = root / "one"
+        one.mkdir()
+        Image.new("RGB", (64, 64)).save(one / "a.png")
+        assert "one image" in fid_error(one, b)
+
+
+def test_fid_of_a_tokenizer():
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        images, path = write_images(root / "a", n=20), root / "tokenizer.pt"
+        content = {"tokenizer": tokenizer.state_dict(), "arguments": tokenizer.arguments, "run": {"size": 64}}
+        torch.save(content, path)
+        features = ["--features", "dinov2", "--encoder", path]  # a tokenizer's own encoder
+        found = figures("--recon", path, root / "a", *features, "--metrics", "rfid,psnr,ssim", "--batch-size", 8)
+        assert set(found) == {"rFD-DINOv2", "PSNR", "SSIM"}
+        with torch.no_grad():
+            x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+            recon = ((tokenizer.decode(tokenizer.encode(x / 127.5 - 1)) + 1) * 127.5).round().clamp(0, 255)  # 8 bits
+        by_hand = 10 * np.log10(255 ** 2 / (recon - x).square().mean((1, 2, 3)).numpy())
+        close(found["PSNR"], by_hand.mean(), 1e-5)
+        text = fid_error("--recon", path, root / "a", "--metrics", "psnr,lpips", "--vgg16", "none", "--lpips-heads",
+                         "none")
+        assert "rfid,psnr,ssim,lpips" in text  # what can be left out
+        probe = figures("--probe", path, root / "a", root / "a")["probe %"]
+        assert 0 <= probe <= 100
+        assert figures("--probe", path, root / "a", root / "a", "--tokens")
+        assert "class folders" in fid_error("--probe", path, root / "a" / "class0", root / "a")
 
 
 def main():
