@@ -7,7 +7,8 @@
 Choices where the paper is silent: every L1 and L2 is a mean over all elements; the discriminator, its hinge loss and
 the adaptive w_g are VA-VAE's (PatchGAN, Isola et al. 2017; adaptive weight, Esser et al. 2021).
 
-Images are (B, 3, H, W) in [-1, 1]. All losses are fp32 whatever the autocast: callers pass .float() tensors.
+Images are (B, 3, H, W) in [-1, 1]. Under autocast VGG16 and PatchGAN run in its type; norms, distances, means and the
+adaptive weight are fp32 always.
 """
 import math
 

@@ -5,7 +5,7 @@ decoder; the tokenizer that joins them; LightningDiT, the generator; the table o
 DINOv2, the LDM modules and LightningDiT keep the official state-dict keys: released files load strictly, unmodified.
 
 Departures: the decoder of AlignTok goes without VA-VAE's 1x1 `post_quant_conv` (a linear map before a 3x3 convolution);
-DINOv2 has no stochastic depth, because nothing here trains it from scratch.
+DINOv2 has no stochastic depth, because nothing but the toy's stand-in trains it from scratch.
 
 Legend: B batch, H W image sides, h w = H/16 W/16 latent sides, N tokens (h*w), D width, d latent channels,
 C channels of a convolution, K classes.
@@ -489,6 +489,9 @@ class Tokenizer(nn.Module):
         content = load_file(path, "tokenizer")
         if not {"tokenizer", "arguments"} <= content.keys():
             raise UserError(f"{path} is not a tokenizer's checkpoint (expected runs/tokenizer/stage3.pt or like it)")
+        if "opt_g" in content:
+            raise UserError(f"{path} is a checkpoint to resume from, without EMA and statistics: take the stage's "
+                            f"final one, stage{content['stage']}.pt")
         tokenizer = cls(**content["arguments"])
         load_strictly(tokenizer, content["tokenizer"], path)
         return tokenizer.eval()

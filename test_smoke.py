@@ -78,6 +78,8 @@ def same(a, b):
             return "keys"
         return next((f"{k}.{d}" for k in a if (d := same(a[k], b[k])) is not None), None)
     if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return "length"
         return next((f"{i}.{d}" for i, (x, y) in enumerate(zip(a, b)) if (d := same(x, y)) is not None), None)
     if isinstance(a, torch.Tensor):
         return None if torch.equal(a, b) else f"tensor, by {(a - b).abs().max()}"
@@ -196,7 +198,6 @@ def test_encoder_files():
     torch.save({"a": torch.zeros(1)}, TMP / "e.pth")
     assert "no DINOv2" in error_of(load_encoder, str(TMP / "e.pth"))
     assert "neither a file nor" in error_of(load_encoder, "vitx14")
-    assert "RANDOM" not in str(load_encoder.__defaults__)  # random weights only where they are asked for
 
 
 def test_convolutional_parts():
@@ -374,7 +375,7 @@ def test_folders():
     (root / "a" / "1.png").write_bytes(b"not an image")
     batches = tt.batches(tt.View(data, 16), tt.in_order(3, 3), 0, torch.device("cpu"))
     assert "1.png" in error_of(next, batches)
-    assert "1 unreadable" in error_of(tt.check_data, [data])
+    assert "1 unreadable" in error_of(tt.check_data, [data], SimpleNamespace(size=16, workers=0))
 
 
 def test_shapes():
@@ -438,7 +439,9 @@ def test_stages_train_what_they_say():
                 {k: v for k, v in files[3].items() if k.startswith("latent_")}) is None
     assert all(torch.equal(f["encoder.mask_token"], files[1]["encoder.mask_token"]) for f in files.values())
     d = [load_file(out / f"stage{n}.pt")["discriminator"] for n in (1, 2, 3)]
-    assert same(d[0], d[1]) and same(d[1], d[2]), "D continues through the stages"
+    assert same(d[0], d[1]) and same(d[1], d[2]), "D trains in every stage"
+    steps = [load_file(out / f"stage{n}.pt")["opt_d"]["state"][0]["step"].item() for n in (1, 2, 3)]
+    assert steps == [2, 4, 6], "and continues, with its optimiser"
     raw = load_file(out / "stage2_step00000002.pt")
     decay = tt.PRESETS["tiny"]["ema_decay"]
     assert not changed(raw["ema"], files[2]) - {"latent_mean", "latent_std"}, "the stage's result is its EMA"
@@ -506,7 +509,7 @@ def test_resume_is_exact():
 
 def test_two_ranks_equal_one_process():
     """torchrun with two gloo processes against one, same global batch: GAN, EMA, accumulation, BatchNorm over ranks."""
-    flags = [*SMALL, "--stage", "2", "--init", str(small_run() / "stage1.pt"), "--steps", "2", "--batch-size", "8",
+    flags = [*SMALL, "--stage", "2", "--init", str(small_run() / "stage1.pt"), "--steps", "1", "--batch-size", "8",
              "--accum", "2"]
     quietly(tt.main, [*flags, "--out", str(TMP / "one")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -515,15 +518,16 @@ def test_two_ranks_equal_one_process():
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [rows_of(TMP / r) for r in ("one", "two")]
-    for one, two in zip(*rows):
-        for key, value in one.items():
-            if value or two[key]:
-                assert math.isclose(float(value), float(two[key]), rel_tol=2e-3, abs_tol=1e-6), key
-    first = [load_file(TMP / r / "stage2_step00000002.pt") for r in ("one", "two")]
-    for part in ("opt_g", "opt_d"):  # Adam's first moments are the gradients, averaged
+    assert len(rows[0]) == len(rows[1]) == 1
+    for key, value in rows[0][0].items():
+        assert math.isclose(float(value), float(rows[1][0][key]), rel_tol=1e-4, abs_tol=1e-6), key
+    first = [load_file(TMP / r / "stage2_step00000001.pt") for r in ("one", "two")]
+    # Adam's first moments are half the first gradients. That both ranks hold the same weights is check_weights' part,
+    # before each checkpoint.
+    for part in ("opt_g", "opt_d"):
         for k, v in first[0][part]["state"].items():
             other = first[1][part]["state"][k]["exp_avg"]
-            assert (v["exp_avg"] - other).norm() <= 0.02 * v["exp_avg"].norm() + 1e-7, (part, k)
+            assert (v["exp_avg"] - other).norm() <= 1e-3 * v["exp_avg"].norm() + 1e-8, (part, k)
 
 
 def test_non_finite_loss_stops_the_run():
@@ -556,13 +560,15 @@ def test_tokenizer_errors():
     assert "is not the final checkpoint" in error("--stage", "2", "--init", str(run / "stage1_step00000002.pt"))
     assert "divisible by 16" in error("--size", "60")
     assert "does not split" in error("--accum", "3")
-    assert "vgg.pth" in error("--w-p", "1", "--vgg16", str(TMP / "no-vgg.pth")).replace("no-vgg", "vgg")
+    missing = error("--w-p", "1", "--vgg16", str(TMP / "no-vgg.pth"))
+    assert "--vgg16" in missing and losses.VGG16_URL in missing
     (TMP / "a-file").write_text("")
     assert "cannot write" in error("--out", str(TMP / "a-file" / "x"))
     whole = (run / "stage1.pt").read_bytes()
     (TMP / "cut.pt").write_bytes(whole[:len(whole) // 2])
     assert "cut.pt" in error("--stage", "2", "--init", str(TMP / "cut.pt"))
     assert "cut.pt" in error_of(Tokenizer.load, TMP / "cut.pt")
+    assert "take the stage's final one" in error_of(Tokenizer.load, run / "stage2_step00000002.pt")
     with tt.Run(out, 0, tt.COLUMNS):
         assert "another run" in error()
 

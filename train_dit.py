@@ -34,10 +34,10 @@ from train_tokenizer import (
     Order,
     Run,
     View,
-    assert_finite,
     autocast_dtype,
     batches,
     center_crop,
+    check_weights,
     no_sync,
     open_data,
     rng,
@@ -235,7 +235,7 @@ def train(args, run_, rank, world, device):
         stop = run_.should_stop()
         if step % args.save_every == 0 or step == args.steps or stop:
             meter.check(run_, prefix)
-            assert_finite(model, run_, prefix)
+            check_weights(model, run_, prefix)
             run_.save(prefix, step, {
                 "step": step, "run": same, "arguments": model.arguments, "model": model.state_dict(),
                 "ema": ema.state_dict(), "opt": opt.state_dict(), "meter": meter.state(), "rng": rng_states()})

@@ -252,6 +252,8 @@ def open_data(data, val, size, val_images):
     """(train, validation). Held out are, in this order: --val DIR; the folder `val` beside a folder `train`; else a
     fixed random 5 % of the files (at most val_images), which then do not train."""
     if data == "shapes":
+        if val is not None:
+            raise UserError("--val goes with --data DIR: the built-in shapes have their own held-out images")
         return Shapes("train", size=size), Shapes("val", n=val_images, size=size)
     root = Path(data)
     if val is None and root.name == "train" and (root.parent / "val").is_dir():
@@ -344,6 +346,8 @@ def setup_ranks():
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, torch.device("cuda" if cuda else "cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda and device.index >= torch.cuda.device_count():
+        raise UserError(f"more ranks on this node than its {torch.cuda.device_count()} GPUs (--nproc_per_node)")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -433,8 +437,8 @@ class Run:
         if self.lock is not None:
             os.close(self.lock)
 
-    def _stop(self, *_):
-        if self.stopping:  # a second signal does not wait
+    def _stop(self, number, _):
+        if self.stopping and number == signal.SIGINT:  # a second Ctrl-C does not wait; SIGTERM may well come twice
             sys.exit(1)
         self.stopping = True
 
@@ -469,6 +473,14 @@ class Run:
             raise UserError(f"no checkpoint {prefix}_step*.pt in {self.out} can be read; --overwrite starts again")
         return None
 
+    def forget(self, prefix):
+        """Deletes a stage's checkpoints and pictures, for --overwrite."""
+        if self.rank == 0:
+            for path in [*self.out.glob(f"{prefix}.pt"), *self.out.glob(f"{prefix}_step*")]:
+                path.unlink()
+        if dist.is_initialized():
+            dist.barrier()  # nobody resumes from what is being deleted
+
     def last_good(self, prefix):
         return max(self.checkpoints(prefix), default="none")
 
@@ -485,19 +497,18 @@ class Run:
         """Keeps the rows up to a position, the values of the first columns, such as (stage, step)."""
         log = self.out / "log.csv"
         if self.rank == 0 and log.exists():
-            head, *rows = log.read_text().splitlines(keepends=True)
+            head, *rows = log.read_text().splitlines(keepends=True) or [""]
             if head.strip() != ",".join(self.columns):
                 raise UserError(f"{log} has other columns than this run writes; move it away or choose another --out")
             rows = [r for r in rows if r.endswith("\n") and tuple(map(int, r.split(",")[:len(position)])) <= position]
             write_atomically(log, lambda f: f.write("".join([head, *rows]).encode()))
 
 
-def check_same(then, now, path):
+def check_same(then, now, path, advice="repeat them, choose another --out, or --overwrite"):
     """Refuses to go on from `path` with other arguments, naming them."""
     changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
     if changed:
-        raise UserError(f"{path} was made with other arguments ({', '.join(changed)}); "
-                        "repeat them, choose another --out, or --overwrite")
+        raise UserError(f"{path} was made with other arguments ({', '.join(changed)}); {advice}")
 
 
 class Meter:
@@ -510,13 +521,14 @@ class Meter:
         self.bad = torch.full((), 2 ** 62, device=device)
 
     def reset(self):
-        self.sums, self.count = {}, 0
+        self.sums, self.counts = {}, {}
 
     def add(self, step, parts):
         total = sum(parts.values())
         self.bad = torch.where(torch.isfinite(total), self.bad, self.bad.clamp(max=step))
-        self.sums = {k: self.sums.get(k, 0) + v.double() for k, v in parts.items()}
-        self.count += 1
+        for k, v in parts.items():
+            self.sums[k] = self.sums.get(k, 0) + v.double()
+            self.counts[k] = self.counts.get(k, 0) + 1
 
     def check(self, run, prefix):
         """Stops all ranks together if any loss has been NaN or infinite since the start."""
@@ -529,15 +541,15 @@ class Meter:
     def state(self):
         """Sums averaged over the ranks, as numbers."""
         values = losses.average_over_ranks(torch.stack(list(self.sums.values()))).tolist() if self.sums else []
-        return {"sums": dict(zip(self.sums, values)), "count": self.count}
+        return {"sums": dict(zip(self.sums, values)), "counts": dict(self.counts)}
 
     def load(self, state):
         self.sums = {k: torch.tensor(v, dtype=torch.float64, device=self.bad.device) for k, v in state["sums"].items()}
-        self.count = state["count"]
+        self.counts = dict(state["counts"])
 
     def average(self):
         state = self.state()
-        return {k: v / state["count"] for k, v in state["sums"].items()}
+        return {k: v / self.counts[k] for k, v in state["sums"].items()}
 
 
 def rng_states():
@@ -551,18 +563,31 @@ def rng_states():
 
 
 @torch.no_grad()
+def same_on_all_ranks(step, out):
+    """Every rank must resume from the same step: nodes that see different folders would train different things."""
+    if dist.is_initialized():
+        steps = [None] * dist.get_world_size()
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise UserError(f"the ranks resume from different steps {steps}: --out {out} must be a folder that all see")
+
+
 def update_ema(ema, model, decay):
     """ema <- decay * ema + (1 - decay) * model, for the parameters that train; frozen ones are equal already."""
     pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
     torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
 
 
-def assert_finite(module, run, prefix):
-    """Before a checkpoint: a bad gradient shows in the weights before it shows in a loss."""
-    finite = torch.stack([p.isfinite().all() for p in module.parameters()]).all()
-    if not finite:
-        raise UserError("weights are not finite; nothing of it was saved; last good checkpoint: "
-                        f"{run.last_good(prefix)}")
+def check_weights(module, run, prefix):
+    """Before a checkpoint: finite (a bad gradient shows here before it shows in a loss), and the same on all ranks."""
+    total = torch.stack([p.double().sum() for p in module.parameters()]).sum()
+    low, high = total.clone(), total.clone()
+    if dist.is_initialized():
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+    if not total.isfinite() or low != high:
+        what = "not finite" if not total.isfinite() else "not the same on all ranks"
+        raise UserError(f"weights are {what}; nothing of it was saved; last good checkpoint: {run.last_good(prefix)}")
 
 
 def run(main):
@@ -571,6 +596,10 @@ def run(main):
         main()
     except UserError as e:
         sys.exit(f"error: {e}")
+    except RuntimeError as e:
+        if dist.is_initialized() and "closed by peer" in str(e):  # gloo: another rank has left, and has said why
+            sys.exit("error: another rank has stopped")
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -694,15 +723,20 @@ def stage1_encoder(args, data, run_, rank, device):
         with rank_0_first():
             return load_encoder(args.encoder)
     path = run_.out / "encoder.pt"
-    if not path.exists() and rank == 0:
-        if not data.labels:
-            raise UserError("the stand-in encoder is trained on labels: give --data one folder per class, or --encoder")
+    what = {"seed": args.seed, "list of images": data.identity, "size": args.size, "steps": args.pretrain_steps}
+    if not data.labels or not args.pretrain_steps:
+        raise UserError("tiny14 has no official weights; its stand-in is trained by --preset tiny, on --data with one "
+                        "folder per class (or give --encoder)")
+    if path.exists() and not args.overwrite:
+        check_same(load_file(path, "encoder").get("run", {}), what, path)
+    elif rank == 0:
         print("NOTE: the preset tiny has no foundation encoder. A small one of the DINOv2 class is first trained on "
               "the labels, as a stand-in; its figures say nothing about DINOv2.")
         torch.manual_seed(args.seed)
         encoder = DINOv2(**ENCODERS["tiny14"])
         pretrain_encoder(encoder, data, args, device)
-        save_checkpoint(path, encoder.state_dict())
+        state = {f"backbone.{k}": v for k, v in encoder.state_dict().items()}
+        save_checkpoint(path, {"teacher": state, "run": what})  # the layout of DINOv2's own training checkpoints
     if dist.is_initialized():
         dist.barrier()
     return load_encoder(str(path))
@@ -785,7 +819,7 @@ def start_of_stage(stage, args, data, run_, rank, device):
     wanted = {"decoder": args.decoder, "d": args.d, "disc_ch": args.disc_ch}
     if args.encoder_given:
         wanted["encoder"] = args.encoder
-    check_same(content["run"], wanted, path)
+    check_same(content["run"], wanted, path, "repeat them, or give another --init")
     args.encoder = content["run"]["encoder"]
     tokenizer, discriminator = Tokenizer(**content["arguments"]), losses.PatchGAN(args.disc_ch)
     load_strictly(tokenizer, content["tokenizer"], path)
@@ -806,15 +840,18 @@ def set_up_stage(stage, args, run_, data, lpips, rank, device):
     tokenizer.encoder.mask_token.requires_grad_(False)
     trained = [p for p in tokenizer.parameters() if p.requires_grad]
     reference = copy.deepcopy(tokenizer).requires_grad_(False).eval() if STAGES[stage]["reference"] else None
+    if reference is not None:
+        reference.decoder = None  # L_sp compares latents: the frozen copy is encoder and adapter
     ema = copy.deepcopy(tokenizer).requires_grad_(False).eval() if STAGES[stage]["ema"] else None
 
     opt_g = torch.optim.Adam(trained, args.lr, betas=(0.5, 0.9), fused=True)
     opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     if opt_d_state:
         opt_d.load_state_dict(opt_d_state)
+        opt_d.param_groups[0]["lr"] = args.lr  # the state brings the lr of the stage before
     dtype = autocast_dtype(args.dtype, device)
-    what = {"stage": stage, "start": tokenizer.fingerprint(), "data": data.identity, "lpips": lpips is not None,
-            "dtype": str(dtype).removeprefix("torch.")}
+    what = {"stage": stage, "fingerprint at the start": tokenizer.fingerprint(), "list of images": data.identity,
+            "lpips": lpips is not None, "dtype": str(dtype).removeprefix("torch.")}
     what |= {k: getattr(args, k) for k in (
         "encoder", "decoder", "d", "disc_ch", "size", "batch_size", "accum", "lr", "seed", "w_p", "w_g", "w_sp",
         "sp_loss", "sp_at", "disc_start", "ema_decay")}
@@ -845,6 +882,8 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
     """One stage from its start, or from its last checkpoint, to its final checkpoint stage{N}.pt."""
     steps, prefix, final = args.steps_of[stage], f"stage{stage}", run_.out / f"stage{stage}.pt"
     s = set_up_stage(stage, args, run_, data, lpips, rank, device)
+    if args.overwrite:
+        run_.forget(prefix)
     if final.exists():
         done = load_file(final)
         check_same(done["run"], s.run, final)
@@ -856,6 +895,10 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
         load_stage_state(s, saved, rank)
         if s.step > steps:
             raise UserError(f"{run_.last_good(prefix)} is already at step {s.step}; --steps {steps} is behind it")
+    elif final.exists():
+        raise UserError(f"{final} is at step {done['step']} of {steps}, but the {prefix}_step*.pt to resume from are "
+                        "gone; --overwrite starts the stage again")
+    same_on_all_ranks(s.step, args.out)
     run_.rewind_log(stage, s.step // args.log_every * args.log_every)  # the meter still holds what came after
 
     if args.checkpointing:
@@ -898,17 +941,19 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
         if s.step % args.save_every == 0 or s.step == steps or stop:
             s.meter.check(run_, prefix)
             for module in (s.tokenizer, s.discriminator):
-                assert_finite(module, run_, prefix)
+                check_weights(module, run_, prefix)
             run_.save(prefix, s.step, stage_state(s))
         if stop and s.step < steps:
             bar.close()
             raise UserError(f"stopped by a signal at step {s.step} of stage {stage}; saved {run_.last_good(prefix)}; "
                             "repeat the command to go on")
     bar.close()
+    # The others wait while rank 0 validates, which may take longer than a collective may
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if dist.is_initialized() else None
     if rank == 0:
         finish_stage(stage, s, args, data, held_out, device, final)
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(patient)
 
 
 def describe_stage(stage, s, args, data, world, device):
@@ -991,8 +1036,8 @@ def parse(argv=None):
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if min(args.steps_of.values()) < 1:
         raise UserError(f"--steps must be at least 1, not {args.steps}")
-    if args.size % 16 or args.size < 16:
-        raise UserError(f"--size must be divisible by 16, not {args.size}")
+    if args.size % 16 or args.size < 32:  # 32: what PatchGAN takes
+        raise UserError(f"--size must be divisible by 16 and at least 32, not {args.size}")
     if args.lr <= 0 or min(args.w_p, args.w_g, args.w_sp, args.workers, args.disc_start, args.seed) < 0 or \
             not 0 <= args.ema_decay < 1:
         raise UserError("--lr must be positive, weights, --workers, --disc-start and --seed not negative, "
@@ -1010,8 +1055,8 @@ def main(argv=None):
         raise UserError("--init continues from an earlier stage: it goes with --stage 2 or 3")
     stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
     data, held_out = open_data(args.data, args.val, args.size, args.val_images)
-    if args.check_data and rank == 0:
-        check_data([data, held_out])
+    if args.check_data:
+        check_data([data, held_out], args, rank, world)
     lpips = None
     if args.w_p > 0:
         with rank_0_first():
@@ -1022,27 +1067,23 @@ def main(argv=None):
         print_0("w_p = 0: no perceptual loss (give --vgg16 and --lpips-heads to turn it on)")
     began = time.time()
     with Run(args.out, rank, COLUMNS) as run_:
-        if args.overwrite and rank == 0:
-            for path in [p for stage in stages for p in run_.out.glob(f"stage{stage}[._]*")]:
-                path.unlink()
-            if stages[0] == 1:
-                (run_.out / "encoder.pt").unlink(missing_ok=True)
-        if dist.is_initialized():
-            dist.barrier()  # nobody resumes from what is being deleted
         for stage in stages:
             train_stage(stage, args, run_, data, held_out, lpips, rank, world, device)
     print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
 
 
-def check_data(sets):
-    """Decodes every image; raises UserError that names the unreadable ones."""
+def check_data(sets, args, rank=0, world=1):
+    """Decodes every image, by all ranks and workers; raises UserError that names the unreadable ones."""
     bad = []
     for data in sets:
-        for i in tqdm(range(len(data)), desc="checking images", mininterval=1):
-            try:
-                data.image(i)
-            except UserError as e:
-                bad.append(str(e))
+        order = in_order(len(data), 32)[rank::world]
+        loader = DataLoader(View(data, args.size), batch_sampler=order, num_workers=args.workers, collate_fn=list)
+        for items in tqdm(loader, desc="checking images", disable=rank != 0, mininterval=1):
+            bad += [item for item in items if isinstance(item, str)]
+    if dist.is_initialized():
+        every = [None] * world
+        dist.all_gather_object(every, bad)
+        bad = [text for part in every for text in part]
     if bad:
         raise UserError(f"{len(bad)} unreadable images: {'; '.join(bad[:20])}")
 
