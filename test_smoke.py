@@ -12,6 +12,7 @@ import json
 import math
 import operator
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,9 +29,12 @@ from PIL import Image
 
 import fid
 import losses
+import sample
+import train_dit
 import train_tokenizer as tt
 from model import (
     DECODERS,
+    DITS,
     ENCODERS,
     Adapter,
     AttnBlock,
@@ -39,11 +43,17 @@ from model import (
     Downsample,
     Encoder,
     GroupNorm,
+    LightningDiT,
     Tokenizer,
     UserError,
+    dit_arguments,
     load_encoder,
     load_file,
+    rope_tables,
+    rotate,
+    sincos_embedding,
 )
+from train_tokenizer import Shapes, save_checkpoint, to_uint8
 
 HERE = Path(__file__).resolve().parent
 TMP = Path(tempfile.mkdtemp(prefix="aligntok-"))
@@ -54,17 +64,11 @@ SMALL = ["--preset", "tiny", "--encoder", "random:tiny14", "--batch-size", "4", 
 def error_of(call, *args):
     """The text of the UserError that a call must end in."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            call(*args)
+        call(*args)
     except UserError as e:
         assert "\n" not in str(e), "one line"
         return str(e)
     raise AssertionError(f"no UserError from {args}")
-
-
-def quietly(call, *args):
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return call(*args)
 
 
 def count(module):
@@ -419,7 +423,7 @@ def test_linear_probe():
 def small_run():
     """All three stages, two steps each, with the GAN on; the folder of the run."""
     out = TMP / "run"
-    quietly(tt.main, [*SMALL, "--out", str(out), "--steps", "2"])
+    tt.main([*SMALL, "--out", str(out), "--steps", "2"])
     return out
 
 
@@ -427,7 +431,7 @@ def test_stages_train_what_they_say():
     out = small_run()
     files = {n: load_file(out / f"stage{n}.pt")["tokenizer"] for n in (1, 2, 3)}
     torch.manual_seed(int(tt.rng(0, "encoder").integers(2 ** 62)))
-    start, _ = quietly(load_encoder, "random:tiny14")
+    start, _ = load_encoder("random:tiny14")
 
     def changed(a, b):
         return {k.split(".")[0] for k in a if not k.startswith("latent_") and not torch.equal(a[k], b[k])}
@@ -489,11 +493,11 @@ def test_resume_is_exact():
         tt.Shapes(n=14).image(i).save(root / "data" / f"{i}.png")
     flags = [*SMALL, "--data", str(root / "data"), "--stage", "2", "--init", str(small_run() / "stage1.pt"),
              "--accum", "2", "--save-every", "3", "--log-every", "2"]
-    quietly(tt.main, [*flags, "--out", str(root / "a"), "--steps", "5"])
-    quietly(tt.main, [*flags, "--out", str(root / "b"), "--steps", "3"])
+    tt.main([*flags, "--out", str(root / "a"), "--steps", "5"])
+    tt.main([*flags, "--out", str(root / "b"), "--steps", "3"])
     with open(root / "b" / "log.csv", "a") as f:
         f.write("2,5,0.1,0\n2,7,")  # rows past the checkpoint
-    quietly(tt.main, [*flags, "--out", str(root / "b"), "--steps", "5", "--workers", "1"])
+    tt.main([*flags, "--out", str(root / "b"), "--steps", "5", "--workers", "1"])
     a, b = (load_file(root / r / "stage2_step00000005.pt") for r in "ab")
     assert same(a, b) is None, same(a, b)
     assert (root / "a" / "log.csv").read_text() == (root / "b" / "log.csv").read_text()
@@ -503,7 +507,7 @@ def test_resume_is_exact():
     assert "already at step 5" in error_of(tt.main, [*flags, "--out", str(root / "b"), "--steps", "4"])
     newest = root / "b" / "stage2_step00000005.pt"
     newest.write_bytes(newest.read_bytes()[:1000])  # a damaged checkpoint: the one before it serves
-    quietly(tt.main, [*flags, "--out", str(root / "b"), "--steps", "5"])
+    tt.main([*flags, "--out", str(root / "b"), "--steps", "5"])
     assert same(a, load_file(newest)) is None
 
 
@@ -511,7 +515,7 @@ def test_two_ranks_equal_one_process():
     """torchrun with two gloo processes against one, same global batch: GAN, EMA, accumulation, BatchNorm over ranks."""
     flags = [*SMALL, "--stage", "2", "--init", str(small_run() / "stage1.pt"), "--steps", "1", "--batch-size", "8",
              "--accum", "2"]
-    quietly(tt.main, [*flags, "--out", str(TMP / "one")])
+    tt.main([*flags, "--out", str(TMP / "one")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                str(HERE / "train_tokenizer.py"), *flags, "--out", str(TMP / "two")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300,
@@ -692,7 +696,7 @@ def figures(*argv):
     """Runs fid.py on the command line's arguments; metric -> value."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
-        quietly(fid.main, [*map(str, argv), "--workers", "0", "--json", str(out)])
+        fid.main([*map(str, argv), "--workers", "0", "--json", str(out)])
         return {f["metric"]: f["value"] for f in json.loads(out.read_text())["figures"]}
 
 
@@ -727,7 +731,7 @@ def test_fid_commands():
         # the same images as an npz; their statistics; both in one file, as ADM's reference batches
         np.savez_compressed(root / "images.npz", arr_0=images)
         close(figures(root / "images.npz", b, *features)["FD-DINOv2"], by_folder["FD-DINOv2"], 1e-6)
-        quietly(fid.main, [str(a), "--save-stats", str(root / "ref.npz"), *map(str, features), "--workers", "0"])
+        fid.main([str(a), "--save-stats", str(root / "ref.npz"), *map(str, features), "--workers", "0"])
         by_statistics = figures(root / "ref.npz", b, *features)
         assert set(by_statistics) == {"FD-DINOv2"}
         close(by_statistics["FD-DINOv2"], by_folder["FD-DINOv2"], 1e-6)
@@ -791,19 +795,453 @@ def test_fid_of_a_tokenizer():
         assert "class folders" in fid_error("--probe", path, root / "a" / "class0", root / "a")
 
 
+# ------------------------------------------------------------------------------- LightningDiT, train_dit.py, sample.py
+
+@contextlib.contextmanager
+def refused(*words):
+    """The block must raise a UserError of one line that holds these words."""
+    try:
+        yield
+    except UserError as e:
+        assert "\n" not in str(e) and all(w in str(e) for w in words), str(e)
+    else:
+        raise AssertionError(f"no error about {words}")
+
+
+@contextlib.contextmanager
+def folder():
+    with tempfile.TemporaryDirectory() as d:
+        yield Path(d)
+
+
+def random_weights(model, seed=0):
+    """Nothing zero: at initialisation a LightningDiT's blocks are the identity and would hide mistakes."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn(p.shape, generator=g))
+    return model.eval()
+
+
+def small_tokenizer(d=8, seed=0):
+    torch.manual_seed(seed)
+    decoder = {"ch": 32, "ch_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1}
+    tokenizer = Tokenizer({"dim": 64, "depth": 1, "grid": 4}, decoder, d=d)
+    tokenizer.latent_mean.normal_()
+    tokenizer.latent_std.uniform_(0.5, 2)
+    return tokenizer.requires_grad_(False).eval()
+
+
+def save_tokenizer(tokenizer, path):
+    save_checkpoint(path, {"arguments": tokenizer.arguments, "tokenizer": tokenizer.state_dict()})
+    return str(path)
+
+
+def save_dit(model, path, tokenizer):
+    save_checkpoint(path, {"arguments": model.arguments, "ema": model.state_dict(),
+                           "run": {"tokenizer": tokenizer.fingerprint()}})
+    return str(path)
+
+
+# -------------------------------------------------------------------------------------------------------- LightningDiT
+
+def test_dit_sizes():
+    counts = {"B/1": 130_556_192, "L/1": 458_152_960, "XL/1": 675_256_736, "1p0B/1": 1_029_401_120,
+              "1p6B/1": 1_631_767_120}
+    for name, count in counts.items():
+        with torch.device("meta"):
+            model = LightningDiT(**DITS[name])
+        assert sum(p.numel() for p in model.parameters()) == count, name
+    assert set(DITS) == {"tiny", *counts}
+
+
+def test_dit_output_is_zero_at_init():
+    for K, grid in ((10, (4, 4)), (0, (2, 3))):
+        model = LightningDiT(dim=32, depth=2, heads=2, d=4, num_classes=K, grid=grid)
+        y = torch.tensor([0, K]) if K else None  # K: the null class
+        for side in (grid, (3, 5)):
+            assert not model(torch.randn(2, 4, *side), torch.tensor([0.0, 1.0]), y).any()
+        assert hasattr(model, "y_embedder") == (K > 0)
+
+
+def test_positions_against_loops():
+    h, w, D = 3, 5, 16
+    sincos, cos, sin = sincos_embedding(h, w, D)[0], *rope_tables(h, w, D)
+    x = torch.randn(h * w, D)
+    y = rotate(x, cos, sin)
+    for row in range(h):
+        for column in range(w):
+            n = row * w + column
+            for k in range(D // 4):  # sin-cos: column first, [sin, cos] of D/4 frequencies; RoPE: row first, pairs
+                for first, place in ((0, column), (D // 2, row)):
+                    angle = place / 10000 ** (k / (D // 4))
+                    assert abs(sincos[n, first + k] - math.sin(angle)) < 1e-6
+                    assert abs(sincos[n, first + D // 4 + k] - math.cos(angle)) < 1e-6
+                for first, place in ((0, row), (D // 2, column)):
+                    angle, i = place / 10000 ** (2 * k / (D // 2)), first + 2 * k
+                    assert abs(y[n, i] - (x[n, i] * math.cos(angle) - x[n, i + 1] * math.sin(angle))) < 1e-5
+                    assert abs(y[n, i + 1] - (x[n, i + 1] * math.cos(angle) + x[n, i] * math.sin(angle))) < 1e-5
+
+
+def slow_dit(S, z, t, y, heads):
+    """LightningDiT from its published description, patch 1, on a state dict in fp64; explicit softmax, no modules."""
+    def linear(name, x):
+        return x @ S[f"{name}.weight"].T + S[f"{name}.bias"]
+
+    def norm(name, x):
+        return S[f"{name}.weight"] * x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+
+    def silu(x):
+        return x / (1 + torch.exp(-x))
+
+    B, _, h, w = z.shape
+    D = S["x_embedder.proj.bias"].numel()
+    cos, sin = (a.double() for a in rope_tables(h, w, D // heads))
+    x = z.flatten(2).transpose(1, 2) @ S["x_embedder.proj.weight"].flatten(1).T + S["x_embedder.proj.bias"]
+    x = x + sincos_embedding(h, w, D).double()
+    angle = t[:, None] * 10000 ** (-torch.arange(128).double() / 128)
+    c = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], 1))))
+    c = silu(c + S["y_embedder.embedding_table.weight"][y])[:, None]
+    i = 0
+    while f"blocks.{i}.norm1.weight" in S:
+        b = f"blocks.{i}."
+        a1, b1, g1, a2, b2, g2 = linear(b + "adaLN_modulation.1", c).split(D, -1)
+        q, k, v = (p.reshape(B, h * w, heads, -1).transpose(1, 2)
+                   for p in linear(b + "attn.qkv", norm(b + "norm1", x) * (1 + b1) + a1).split(D, -1))
+        q, k = rotate(norm(b + "attn.q_norm", q), cos, sin), rotate(norm(b + "attn.k_norm", k), cos, sin)
+        weights = torch.exp(q @ k.transpose(2, 3) / math.sqrt(D // heads))
+        out = weights / weights.sum(-1, keepdim=True) @ v
+        x = x + g1 * linear(b + "attn.proj", out.transpose(1, 2).reshape(B, h * w, D))
+        gate, value = linear(b + "mlp.w12", norm(b + "norm2", x) * (1 + b2) + a2).chunk(2, -1)
+        x = x + g2 * linear(b + "mlp.w3", silu(gate) * value)
+        i += 1
+    shift, scale = linear("final_layer.adaLN_modulation.1", c).split(D, -1)
+    x = linear("final_layer.linear", norm("final_layer.norm_final", x) * (1 + scale) + shift)
+    return x.transpose(1, 2).reshape(z.shape)
+
+
+def test_dit_numerics():
+    model = random_weights(LightningDiT(dim=32, depth=2, heads=2, d=4, num_classes=10, grid=(4, 4), qk_norm=True))
+    S = {k: v.double() for k, v in model.state_dict().items()}
+    for side in ((4, 4), (3, 5)):
+        z, t, y = torch.randn(3, 4, *side), torch.rand(3), torch.tensor([0, 7, 10])
+        with torch.no_grad():
+            got, want = model(z, t, y), slow_dit(S, z.double(), t.double(), y, heads=2)
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_dit_checkpointing_changes_nothing():
+    model = random_weights(LightningDiT(dim=32, depth=2, heads=2, d=4, num_classes=3, grid=(2, 2))).train()
+    z, t, y, grads = torch.randn(2, 4, 2, 2), torch.rand(2), torch.tensor([1, 3]), []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        model(z, t, y).square().sum().backward()
+        grads.append(model.blocks[0].attn.qkv.weight.grad.clone())
+    assert torch.equal(*grads)
+
+
+def test_official_checkpoint():
+    """Only names and shapes to go by; strict; and the other time direction."""
+    model = random_weights(LightningDiT(dim=32, depth=2, heads=2, d=4, num_classes=5, grid=(4, 4), qk_norm=True))
+    assert dit_arguments(model.state_dict()) == model.arguments
+    with folder() as d:
+        torch.save({"ema": model.state_dict(), "model": {}}, d / "official.pt")
+        loaded, content = sample.load_dit(d / "official.pt")
+        assert "run" not in content and loaded.arguments == model.arguments
+        z, y = torch.randn(2, 4, 4, 4), torch.tensor([1, 2])
+        with torch.no_grad():
+            v = sample.Velocity(loaded, y, time="lightning")(z, 0.3)
+            assert torch.equal(v, -model(z, torch.tensor([0.7, 0.7]), y))
+        state = model.state_dict()
+        del state["blocks.1.attn.k_norm.weight"]
+        torch.save({"ema": state}, d / "broken.pt")
+        with refused("broken.pt", "k_norm"):
+            sample.load_dit(d / "broken.pt")
+        torch.save({"model": state}, d / "no_ema.pt")
+        with refused("no_ema.pt", "ema"):
+            sample.load_dit(d / "no_ema.pt")
+
+
+# -------------------------------------------------------------------------------------------------------- flow matching
+
+def test_flow_matching():
+    z0, z1, y = torch.randn(4, 6, 2, 2), torch.randn(4, 6, 2, 2), torch.zeros(4, dtype=torch.long)
+    seen = {}
+
+    def network(z_t, t, y):
+        seen.update(z_t=z_t, t=t)
+        return seen["answer"]
+
+    t = torch.tensor([0.0, 1.0, 0.25, 0.5])
+    seen["answer"] = z1 - z0  # the direction: from data to noise
+    loss, mse, cosine = losses.flow_matching(network, z0, z1, t, y, w_cos=1.0)
+    assert abs(loss) < 1e-6 and not mse.any() and abs(cosine) < 1e-6
+    assert torch.equal(seen["z_t"][0], z0[0]) and torch.equal(seen["z_t"][1], z1[1])  # t = 0 data, t = 1 noise
+    assert torch.allclose(seen["z_t"][2], 0.75 * z0[2] + 0.25 * z1[2])
+    seen["answer"] = 3 * (z0 - z1)  # opposite: 1 - cos = 2, and 4^2 times the energy of u
+    loss, mse, cosine = losses.flow_matching(network, z0, z1, t, y, w_cos=0.5)
+    energy = (z1 - z0).square().mean((1, 2, 3))
+    assert torch.allclose(mse, 16 * energy) and abs(cosine - 2) < 1e-5 and abs(loss - 16 * energy.mean() - 1) < 1e-4
+    # v = 0: the cosine has no direction
+    model = LightningDiT(dim=32, depth=1, heads=2, d=6, num_classes=1, grid=(2, 2))
+    losses.flow_matching(model, z0, z1, t, y, w_cos=1.0)[0].backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    assert 0 < norm < 1e3
+    sums, numbers = losses.by_time(torch.tensor([1.0, 2, 4, 8]), torch.tensor([0.0, 1.0, 0.25, 0.3]), 4)
+    assert sums.tolist() == [1, 12, 0, 2] and numbers.tolist() == [1, 2, 0, 1]
+    assert torch.allclose(losses.logit_normal(torch.tensor([0.0, 2.0])), torch.tensor([0.5, 1 / (1 + math.exp(-2))]))
+
+
+# -------------------------------------------------------------------------------------------------------- the sampler
+
+def test_time_grid():
+    assert np.allclose(sample.time_grid(4), [1, 0.75, 0.5, 0.25, 0]) and sample.time_grid(7, 1.0) == sample.time_grid(7)
+    s, shifted = 0.3, sample.time_grid(10, 1 / 0.3)
+    t = np.linspace(0, 1, 11)  # LightningDiT's direction, its rule
+    assert np.allclose(1 - np.array(shifted), s * t / (1 + (s - 1) * t)) and shifted[0] == 1 and shifted[-1] == 0
+    assert shifted[5] > 0.5  # more steps near noise
+
+
+def test_samplers_recover_the_data():
+    z0, z1 = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for method in ("euler", "heun"):
+        for shift in (1.0, 3.0):
+            z = sample.integrate(lambda z, t: z1 - z0, z1, sample.time_grid(7, shift), method)
+            assert (z - z0).abs().max() < 1e-12
+
+
+def test_samplers_order():
+    """Data N(m, s^2): the velocity E[z1 - z0 | z_t] and its flow, z_0 = m + s z_1, are known in closed form."""
+    m, s, z1 = 1.5, 0.4, torch.linspace(-2, 2, 9, dtype=torch.float64)
+
+    def velocity(z, t):
+        var = (1 - t) ** 2 * s ** 2 + t ** 2
+        return -m + (t - (1 - t) * s ** 2) / var * (z - (1 - t) * m)
+
+    for method, order in (("euler", 1), ("heun", 2)):
+        error = [(sample.integrate(velocity, z1, sample.time_grid(n), method) - (m + s * z1)).abs().max().item()
+                 for n in (64, 128)]
+        assert abs(math.log2(error[0] / error[1]) - order) < 0.15, (method, error)
+
+
+def test_guidance():
+    class Network:
+        num_classes, batches = 5, []
+
+        def __call__(self, z, t, y):
+            self.batches.append(len(z))
+            return z * (y.view(-1, 1, 1, 1) + 1.0) + t.view(-1, 1, 1, 1)
+
+    net, z, y = Network(), torch.randn(2, 4, 2, 2), torch.tensor([0, 2])
+    conditional = sample.Velocity(net, y)(z, 0.5)
+    assert torch.equal(conditional, net(z, torch.full((2,), 0.5), y))
+    null = net(z, torch.full((2,), 0.5), torch.tensor([5, 5]))
+    net.batches.clear()
+    v = sample.Velocity(net, y, cfg=1.0)
+    assert torch.equal(v(z, 0.5), conditional) and net.batches == [2] and (v.conditional, v.unconditional) == (1, 0)
+    v = sample.Velocity(net, y, cfg=3.0, interval=(0.1, 0.5))
+    assert torch.allclose(v(z, 0.5), null + 3 * (conditional - null)) and net.batches == [2, 4]
+    v(z, 0.51), v(z, 0.05)
+    assert net.batches == [2, 4, 2, 2] and (v.conditional, v.unconditional) == (3, 1)
+    three = sample.Velocity(net, y, cfg=3.0, channels=3)(z, 0.5)
+    assert torch.allclose(three[:, :3], (null + 3 * (conditional - null))[:, :3])
+    assert torch.equal(three[:, 3:], conditional[:, 3:])
+    for method, evaluations in (("euler", 7), ("heun", 14)):  # N steps are N intervals
+        v = sample.Velocity(net, y)
+        sample.integrate(v, z, sample.time_grid(7), method)
+        assert v.conditional == evaluations and v.unconditional == 0
+
+
+def test_labels():
+    assert sample.choose_labels("balanced", 3, 7, 0).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert sample.choose_labels("2,0", 3, 5, 0).tolist() == [2, 0, 2, 0, 2]
+    few, many = sample.choose_labels("random", 10, 20, 1), sample.choose_labels("random", 10, 200, 1)
+    assert (many[:20] == few).all() and set(many) == set(range(10))
+    assert sample.choose_labels("balanced", 0, 5, 0) is None
+    for spec in ("3", "0,-1", "dog"):
+        with refused("--labels", spec):
+            sample.choose_labels(spec, 3, 5, 0)
+    with refused("unconditional"):
+        sample.choose_labels("1", 0, 5, 0)
+
+
+def test_images_do_not_depend_on_the_batch():
+    tokenizer = small_tokenizer()
+    model = random_weights(LightningDiT(dim=32, depth=2, heads=2, d=8, num_classes=3, grid=(1, 2)))
+    labels, pictures = sample.choose_labels("random", 3, 64, 5), []
+    for size in (1, 7, 64):
+        images = [sample.generate(model, tokenizer, np.arange(i, min(i + size, 64)), labels, 5, sample.time_grid(3),
+                                  cfg=2.0)[0] for i in range(0, 64, size)]
+        pictures.append(torch.cat(images))
+    scale = pictures[0].abs().max()
+    assert all((p - pictures[0]).abs().max() < 1e-4 * scale for p in pictures[1:])
+    assert (pictures[0][0] - pictures[0][1]).abs().max() > 1e-2 * scale  # and they do depend on i
+
+
+def test_rows():
+    """A full disk, a stop in the middle, and other contents: never a half file under the final name."""
+    values = np.random.default_rng(0).standard_normal((10, 2, 3)).astype(np.float16)
+    with folder() as d:
+        path = d / "rows.npy"
+        rows = sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "a"})
+        assert not rows.complete and rows.missing.tolist() == list(range(10))
+        rows.write([7, 2], values[[7, 2]])
+        good, rows.rows = rows.rows, os.open("/dev/full", os.O_WRONLY)
+        with refused("No space", "rows.npy"):
+            rows.write([3], values[[3]])
+        assert not path.exists()
+        for f in (good, rows.rows, rows.lock):
+            os.close(f)
+        with refused("tokenizer a -> b"):
+            sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"})
+        rows = sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "a"})
+        assert rows.missing.tolist() == [0, 1, 3, 4, 5, 6, 8, 9]
+        for indices in rows.mine(3):
+            rows.write(indices, values[indices])
+        rows.finish()
+        assert (np.load(path, mmap_mode="r") == values).all()
+        assert sorted(p.name for p in d.iterdir()) == ["rows.npy", "rows.npy.json"]
+        assert sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "a"}).complete
+        with refused("tokenizer a -> b"):
+            sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"})
+        assert not sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"}, overwrite=True).complete
+
+
+def test_sample_files():
+    """npz, folder and grid hold the same images; a stop and a second call complete them."""
+    tokenizer = small_tokenizer()
+    model = random_weights(LightningDiT(dim=32, depth=1, heads=2, d=8, num_classes=3, grid=(2, 1)))
+    with folder() as d:
+        ours = ["--tokenizer", save_tokenizer(tokenizer, d / "tok.pt"),
+                "--dit", save_dit(model, d / "dit.pt", tokenizer),
+                "--preset", "tiny", "--steps", "2", "--num", "5", "--dtype", "fp32"]
+        sample.main([*ours, "--out", str(d / "s.npz"), "--batch-size", "2"])
+        with np.load(d / "s.npz") as f:
+            images = f["arr_0"]
+        want, _ = sample.generate(model, tokenizer, np.arange(5), np.arange(5) % 3, 0, sample.time_grid(2), cfg=2.0)
+        assert images.shape == (5, 32, 16, 3) and images.dtype == np.uint8
+        assert np.abs(images.astype(int) - to_uint8(want)).max() <= 1
+        sample.main([*ours, "--out", str(d / "pngs"), "--batch-size", "5"])
+        (d / "pngs" / "000003.png").unlink()
+        sample.main([*ours, "--out", str(d / "pngs"), "--grid", str(d / "grid.png")])
+        files = sorted((d / "pngs").glob("*.png"))
+        assert [f.name for f in files] == [f"{i:06d}.png" for i in range(5)]
+        assert np.abs(np.stack([np.array(Image.open(f)) for f in files]).astype(int) - images).max() <= 1
+        assert Image.open(d / "grid.png").size == (5 * 16, 32)
+        for out in ("s.npz", "pngs"):
+            with refused("seed 0 -> 1"):
+                sample.main([*ours, "--out", str(d / out), "--seed", "1"])
+
+
+def test_sample_errors():
+    tokenizer, other = small_tokenizer(), small_tokenizer(seed=1)
+    model = LightningDiT(dim=32, depth=1, heads=2, d=8, num_classes=3, grid=(2, 2))
+    with folder() as d:
+        tok, dit = save_tokenizer(tokenizer, d / "tok.pt"), save_dit(model, d / "dit.pt", tokenizer)
+        ours = ["--preset", "tiny", "--dit", dit, "--tokenizer", tok]
+        for words, argv in {
+            ("--steps",): ["--steps", "0"],
+            ("LO <= HI", "0.9 0.1"): ["--cfg-interval", "0.9", "0.1"],
+            ("--labels 3", "0 to 2"): ["--labels", "3"],
+            ("missing.pt", "train_tokenizer.py"): ["--tokenizer", str(d / "missing.pt")],
+            ("missing.pt",): ["--dit", str(d / "missing.pt")],
+            ("4 latent channels", "takes 8"): ["--tokenizer", save_tokenizer(small_tokenizer(d=4), d / "4.pt")],
+            ("another tokenizer",): ["--tokenizer", save_tokenizer(other, d / "other.pt")],
+        }.items():
+            with refused(*words):
+                sample.main([*ours, *argv])
+        torch.save({"ema": model.state_dict()}, d / "official.pt")
+        with refused("--time"):
+            sample.main([*ours, "--dit", str(d / "official.pt")])
+        torch.save({"mean": torch.zeros(3)}, d / "stats.pt")
+        with refused("stats.pt", "8 channels"):
+            sample.main([*ours, "--latent-stats", str(d / "stats.pt")])
+
+
+# -------------------------------------------------------------------------------------------------------- train_dit.py
+
+@contextlib.contextmanager
+def mini_size():
+    DITS["mini"] = {"dim": 32, "depth": 1, "heads": 2}
+    try:
+        yield
+    finally:
+        del DITS["mini"]
+
+
+def write_shapes(root, n=24, size=32):
+    shapes = Shapes(n=n, size=size)
+    for i in range(n):
+        path = root / shapes.classes[shapes.labels[i]] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shapes.image(i).save(path)
+    return str(root)
+
+
+def test_train_dit():
+    """Bit-exact resume in fp32; the cache against encoding on the fly; what must be refused."""
+    with folder() as d, mini_size():
+        tokenizer = small_tokenizer()
+        ours = ["--preset", "tiny", "--model", "mini", "--tokenizer", save_tokenizer(tokenizer, d / "tok.pt"), "--size",
+                "32", "--data", write_shapes(d / "data" / "train"), "--val", write_shapes(d / "data" / "val"),
+                "--batch-size", "8",
+                "--dtype", "fp32", "--log-every", "1", "--grid-every", "99", "--save-every", "99"]
+        train_dit.main([*ours, "--out", str(d / "a"), "--steps", "4"])
+        train_dit.main([*ours, "--out", str(d / "b"), "--steps", "2"])
+        shutil.copytree(d / "b", d / "c")  # as a new process: the first one holds its folder's lock
+        train_dit.main([*ours, "--out", str(d / "c"), "--steps", "4"])
+        a, c = (torch.load(d / name / "dit_step00000004.pt", weights_only=True) for name in "ac")
+        for part in ("model", "ema"):
+            assert all(torch.equal(v, c[part][k]) for k, v in a[part].items())
+        assert (d / "a" / "log.csv").read_text() == (d / "c" / "log.csv").read_text()
+
+        cache = np.load(d / "a" / "latents.npy", mmap_mode="r")
+        data = train_dit.open_data(str(d / "data" / "train"), None, 32, 1)[0]
+        x = train_dit.View(data, 32)[0, 5][0]
+        z = tokenizer.normalize(tokenizer.encode(torch.stack([x, x.flip(2)])))
+        assert np.abs(cache[5] - z.numpy()).max() < 2e-3 * z.abs().max()  # fp16
+        args = train_dit.parse(ours)
+        items = [train_dit.FlowData(data, latents, (8, 2, 2), 12, args)[0, 5] for latents in (cache, None)]
+        assert all(torch.equal(torch.as_tensor(p), torch.as_tensor(q)) for p, q in zip(items[0][1:], items[1][1:]))
+        fresh = tokenizer.normalize(tokenizer.encode(items[1][0][None]))[0]
+        assert (items[0][0] - fresh).abs().max() < 2e-3 * fresh.abs().max()
+        draws = [train_dit.FlowData(data, cache, (8, 2, 2), 12, args)[e, i] for e in range(40) for i in range(24)]
+        assert 0.07 < np.mean([y == 12 for _, y, _, _ in draws]) < 0.13  # --label-drop 0.1
+        normal = torch.stack([n for _, _, n, _ in draws])
+        assert abs(normal.mean()) < 0.15 and abs(normal.std() - 1) < 0.1
+
+        again = [*ours, "--steps", "4"]
+        for part in ("b", "d"):
+            shutil.rmtree(d / part, ignore_errors=True)
+            shutil.copytree(d / "a", d / part)
+        save_tokenizer(small_tokenizer(seed=1), d / "other.pt")
+        with refused("latents.npy", "tokenizer"):
+            train_dit.main([*again, "--out", str(d / "b"), "--tokenizer", str(d / "other.pt")])
+        Image.new("RGB", (32, 32)).save(d / "data" / "train" / "arrow" / "new.png")
+        with refused("latents.npy", "data"):
+            train_dit.main([*again, "--out", str(d / "d")])
+    for words, argv in {("missing.pt",): ["--data", "shapes", "--tokenizer", "missing.pt"],
+                        ("--steps",): ["--steps", "0"],
+                        ("--batch-size 9",): ["--batch-size", "9", "--accum", "2"]}.items():
+        with folder() as d, refused(*words):
+            train_dit.main(["--preset", "tiny", "--out", str(d / "run"), *argv])
+
+
 def main():
     tests = [(n, f) for n, f in globals().items() if n.startswith("test_") and callable(f)]
     if sys.argv[1:]:
         tests = [(n, f) for n, f in tests if any(word in n for word in sys.argv[1:])]
     failed, began = 0, time.time()
     for name, test in tests:
-        start = time.time()
+        start, said = time.time(), io.StringIO()
         try:
-            test()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                test()
             print(f"ok    {name} ({time.time() - start:.1f} s)", flush=True)
         except Exception:  # noqa: BLE001, whatever a test raises is its failure
             failed += 1
-            print(f"FAIL  {name}\n{traceback.format_exc()}", flush=True)
+            print(f"FAIL  {name}\n{said.getvalue()[-2000:]}\n{traceback.format_exc()}", flush=True)
     print(f"{time.time() - began:.0f} s")
     print(f"{len(tests) - failed} passed, {failed} failed")
     sys.exit(failed > 0)
