@@ -18,7 +18,6 @@ distance takes eigenvalues of symmetric matrices, not scipy's sqrtm. All network
 
 Legend: B batch, N images, D feature dimensions, H W image sides.
 """
-import argparse
 import hashlib
 import json
 import os
@@ -40,6 +39,7 @@ import losses
 from model import Tokenizer, UserError, find_weights, load_encoder, load_file, load_strictly, sha256
 from train_tokenizer import (
     Folder,
+    Parser,
     Shapes,
     View,
     batches,
@@ -631,7 +631,7 @@ def probe(args, rank, world, device):
 # -------------------------------------------------------------------------------------------------------------- CLI
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("paths", nargs="*", metavar="REF SAMPLES", help="folder, npz of images or of statistics, or shapes")
     add("--recon", nargs=2, metavar=("CKPT", "DATA"), help="rFID, PSNR, SSIM, LPIPS of a tokenizer on images")

@@ -14,7 +14,6 @@ the rounding of floating-point sums). Repeating a command completes what is miss
 
 Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 """
-import argparse
 import errno
 import fcntl
 import itertools
@@ -31,7 +30,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from model import LightningDiT, Tokenizer, UserError, dit_arguments, load_file, load_strictly, print_0, sha256
-from train_tokenizer import autocast_dtype, check_same, rng, run, save_grid, setup_ranks, to_uint8, write_atomically
+from train_tokenizer import (
+    Parser,
+    autocast_dtype,
+    check_same,
+    rng,
+    run,
+    save_grid,
+    setup_ranks,
+    to_uint8,
+    write_atomically,
+)
 
 # The defaults of the flags of the same name. shift: LightningDiT's s = 0.3 seen from the paper's direction, 1 / s.
 PRESETS = {
@@ -316,7 +325,7 @@ def write_pngs(folder, draw, num, batch_size, about, overwrite, rank, world):
 # -------------------------------------------------------------------------------------------------------------- CLI
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--preset", choices=PRESETS, default="paper", help="default: %(default)s")
     add("--dit", help="generator (default: the last checkpoint in runs/dit)")

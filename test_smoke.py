@@ -563,6 +563,7 @@ def test_tokenizer_errors():
     assert "d 32 -> 16" in error("--stage", "2", "--init", str(run / "stage1.pt"), "--d", "16")
     assert "is not the final checkpoint" in error("--stage", "2", "--init", str(run / "stage1_step00000002.pt"))
     assert "divisible by 16" in error("--size", "60")
+    assert "invalid float value: 'x' (see --help)" in error("--lr", "x")
     assert "does not split" in error("--accum", "3")
     missing = error("--w-p", "1", "--vgg16", str(TMP / "no-vgg.pth"))
     assert "--vgg16" in missing and losses.VGG16_URL in missing

@@ -32,6 +32,7 @@ from sample import Rows, choose_labels, generate, grid_rows, load_tokenizer, tim
 from train_tokenizer import (
     Meter,
     Order,
+    Parser,
     Run,
     View,
     autocast_dtype,
@@ -250,7 +251,7 @@ def train(args, run_, rank, world, device):
 # -------------------------------------------------------------------------------------------------------------- CLI
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--preset", choices=PRESETS, default="paper", help="default: %(default)s")
     add("--tokenizer", default="runs/tokenizer/stage3.pt", help="default: %(default)s; stage 2's has the same latents")

@@ -590,6 +590,16 @@ def check_weights(module, run, prefix):
         raise UserError(f"weights are {what}; nothing of it was saved; last good checkpoint: {run.last_good(prefix)}")
 
 
+class Parser(argparse.ArgumentParser):
+    """Shows a script's docstring in --help; a bad flag is one line, like every mistake."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
 def run(main):
     """Runs a script's main: a user's mistake is one line on stderr and exit status 1, not a traceback."""
     try:
@@ -985,7 +995,7 @@ def finish_stage(stage, s, args, data, held_out, device, final):
 # -------------------------------------------------------------------------------------------------------------- CLI
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--preset", choices=PRESETS, default="paper", help="default: %(default)s")
     add("--stage", choices=["1", "2", "3", "all"], default="all", help="default: %(default)s")
