@@ -44,7 +44,7 @@ from train_tokenizer import (
 
 # The defaults of the flags of the same name. shift: LightningDiT's s = 0.3 seen from the paper's direction, 1 / s.
 PRESETS = {
-    "tiny": {"num": 96, "steps": 25, "cfg": 2.0, "cfg_interval": (0.0, 1.0), "shift": 1.0, "batch_size": 96},
+    "tiny": {"num": 96, "steps": 25, "cfg": 3.0, "cfg_interval": (0.0, 1.0), "shift": 1.0, "batch_size": 96},
     "paper": {"num": 64, "steps": 250, "cfg": 4.0, "cfg_interval": (0.0, 0.89), "shift": 1 / 0.3, "batch_size": 64},
 }
 

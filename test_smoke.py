@@ -1120,7 +1120,7 @@ def test_sample_files():
         sample.main([*ours, "--out", str(d / "s.npz"), "--batch-size", "2"])
         with np.load(d / "s.npz") as f:
             images = f["arr_0"]
-        want, _ = sample.generate(model, tokenizer, np.arange(5), np.arange(5) % 3, 0, sample.time_grid(2), cfg=2.0)
+        want, _ = sample.generate(model, tokenizer, np.arange(5), np.arange(5) % 3, 0, sample.time_grid(2), cfg=3.0)
         assert images.shape == (5, 32, 16, 3) and images.dtype == np.uint8
         assert np.abs(images.astype(int) - to_uint8(want)).max() <= 1
         sample.main([*ours, "--out", str(d / "pngs"), "--batch-size", "5"])

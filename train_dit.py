@@ -53,8 +53,8 @@ from train_tokenizer import (
 
 # The defaults of the flags of the same name. size: image side in px.
 PRESETS = {
-    "tiny": {"model": "tiny", "data": "shapes", "size": 64, "steps": 1500, "batch_size": 128, "lr": 1e-3,
-             "ema_decay": 0.995, "workers": 0, "log_every": 25, "save_every": 500, "grid_every": 500,
+    "tiny": {"model": "tiny", "data": "shapes", "size": 64, "steps": 1200, "batch_size": 64, "lr": 2e-3,
+             "ema_decay": 0.995, "workers": 0, "log_every": 25, "save_every": 400, "grid_every": 400,
              "encode_batch": 64, "val_images": 512},
     "paper": {"model": "XL/1", "data": "data/imagenet/train", "size": 256, "steps": 80_000, "batch_size": 1024,
               "lr": 2e-4, "ema_decay": 0.9999, "workers": 8, "log_every": 100, "save_every": 5_000,
