@@ -3,6 +3,7 @@
 Every part against a closed form, a hand value or an independent computation; every script end to end on small work.
 `python test_smoke.py NAME ...` runs the tests whose names contain one of the words.
 """
+import atexit
 import contextlib
 import copy
 import csv
@@ -57,6 +58,7 @@ from train_tokenizer import Shapes, save_checkpoint, to_uint8
 
 HERE = Path(__file__).resolve().parent
 TMP = Path(tempfile.mkdtemp(prefix="aligntok-"))
+atexit.register(shutil.rmtree, TMP, ignore_errors=True)
 SMALL = ["--preset", "tiny", "--encoder", "random:tiny14", "--batch-size", "4", "--val-images", "24",
          "--probe-images", "48", "--dtype", "fp32", "--disc-start", "0", "--log-every", "1", "--save-every", "2"]
 
