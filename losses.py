@@ -2,6 +2,7 @@
 
     Eq. 1    L_rec = L1(x, x^) + w_p L_perceptual + w_g L_GAN      all stages             reconstruction_loss, hinge_*
     Sec. 3   L_sp  = L2(z0*, z0)                                   stage 2                semantic_preservation
+             w_kl KL, w_vf VF                                      the baselines          kl_divergence, vf_loss
              L     = E || v(z_t, t) - (z1 - z0) ||^2               the generator          flow_matching
 
 Choices where the paper is silent: every L1 and L2 is a mean over all elements; the discriminator, its hinge loss and
@@ -161,14 +162,15 @@ def hinge_g(fake):
     return -fake.float().mean()
 
 
-def adaptive_weight(rec, gan, last_layer):
-    """The factor on L_GAN that makes its gradient at the decoder's last layer as large as that of the reconstruction.
+def adaptive_weight(rec, other, last_layer, limit=1e4):
+    """The factor on another loss that makes its gradient at a last layer as large as that of the reconstruction: for
+    L_GAN at the decoder's, for VA-VAE's VF loss at the encoder's (limit 1e8).
 
-    |grad rec| / (|grad gan| + 1e-4), clamped to [0, 1e4], detached. Under DDP the gradients are averaged over the ranks
-    before the norms are taken (a mean of norms is another number), so that every rank gets the same weight."""
-    grads = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (rec, gan)])
-    rec_norm, gan_norm = average_over_ranks(grads.float()).flatten(1).norm(dim=1)
-    return (rec_norm / (gan_norm + 1e-4)).clamp(0, 1e4)
+    |grad rec| / (|grad other| + 1e-4), clamped to [0, limit], detached. Under DDP the gradients are averaged over the
+    ranks before the norms are taken (a mean of norms is another number), so that every rank gets the same weight."""
+    grads = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (rec, other)])
+    rec_norm, other_norm = average_over_ranks(grads.float()).flatten(1).norm(dim=1)
+    return (rec_norm / (other_norm + 1e-4)).clamp(0, limit)
 
 
 # --------------------------------------------------------------------------------- stage 2: semantic preservation
@@ -182,6 +184,27 @@ def semantic_preservation(z, z_ref, kind="l2", dim=1):
     if kind == "cosine":
         return 1 - F.cosine_similarity(z, z_ref, dim=dim).mean()
     return F.mse_loss(z, z_ref)
+
+
+# ------------------------------------------------------------------------------ the baselines: VAE, VA-VAE
+
+def kl_divergence(moments):
+    """KL(N(mean, var) || N(0, 1)) of mean | log-variance (B, 2d, h, w): summed over the dimensions, mean over B."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    logvar = logvar.clamp(-30, 20)
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+
+
+def vf_loss(z_proj, tokens, m_cos=0.5, m_dist=0.25):
+    """VA-VAE's loss toward the foundation encoder: the marginal cosine and the marginal distance matrix similarity.
+
+    z_proj: z' (B, D, h, w); tokens: F (B, N, D), N = h*w. With S the cosines between the tokens of an image,
+    mean relu(1 - m_cos - cos(F, z')) + mean relu(|S(z') - S(F)| - m_dist)."""
+    z = F.normalize(z_proj.float().flatten(2).transpose(1, 2), dim=-1)  # (B, N, D)
+    f = F.normalize(tokens.float(), dim=-1)
+    with torch.autocast(z.device.type, enabled=False):
+        difference = (z @ z.transpose(1, 2) - f @ f.transpose(1, 2)).abs()  # (B, N, N)
+    return F.relu(1 - m_cos - (z * f).sum(-1)).mean() + F.relu(difference - m_dist).mean()
 
 
 # ------------------------------------------------------------------------------------------ generator: flow matching

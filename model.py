@@ -1,7 +1,8 @@
 """The networks of AlignTok (Chen et al., ICLR 2026, arXiv 2509.25162), Section 3 and Figure 2.
 
 Top to bottom: files and weights; DINOv2, the foundation encoder; the adapter; the LDM convolutional encoder and
-decoder; the tokenizer that joins them; LightningDiT, the generator; the table of named sizes.
+decoder; the tokenizer that joins them, and the baselines, VAE and VA-VAE; LightningDiT, the generator; the table of
+named sizes.
 DINOv2, the LDM modules and LightningDiT keep the official state-dict keys: released files load strictly, unmodified.
 
 Departures: the decoder of AlignTok goes without VA-VAE's 1x1 `post_quant_conv` (a linear map before a 3x3 convolution);
@@ -197,6 +198,8 @@ class DINOv2(nn.Module):
         self.patch_embed = PatchEmbed(self.patch, 3, dim)
         self.blocks = nn.ModuleList(Block(dim, dim // 64, swiglu) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
         self.initialise()
 
     def initialise(self):
@@ -239,6 +242,15 @@ class DINOv2(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         x = self.norm(x)
         return x[:, 0], x[:, 1 + self.registers:]
+
+    def features(self, x, factor=16):
+        """E_p: images (B, 3, H, W) in [-1, 1] -> patch tokens (B, H/16 * W/16, D). 14 px see what 16 px showed."""
+        H, W = x.shape[-2:]
+        if H % factor or W % factor:
+            raise UserError(f"image sides must be divisible by {factor}, not {H}x{W}")
+        x = ((x.float() + 1) / 2 - self.pixel_mean) / self.pixel_std
+        size = (H // factor * self.patch, W // factor * self.patch)  # 256 -> 224
+        return self(F.interpolate(x, size, mode="bicubic", antialias=True))[1]
 
 
 def encoder_state(content):
@@ -413,7 +425,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The LDM / VA-VAE convolutional encoder (for the baselines): (B, 3, H, W) -> (B, 2d, h, w), mean and log-variance.
+    """The LDM / VA-VAE convolutional encoder, of the baselines: (B, 3, H, W) -> (B, 2d, h, w), mean and log-variance.
 
     Five levels give f=16; attention at the last one. It mirrors Decoder."""
 
@@ -463,60 +475,18 @@ class Decoder(nn.Module):
 
 # --------------------------------------------------------------------------------------------------------- tokenizer
 
-class Tokenizer(nn.Module):
-    """AlignTok: z0 = A(E_p(x)), x^ = D(z0). No KL and no sampling (Section 3.1).
+class LatentSpace(nn.Module):
+    """What the generator needs of any tokenizer: the statistics of its latents, and its identity.
 
-    encoder: arguments of DINOv2; decoder: arguments of Decoder but d; d: latent channels; hidden: the adapter's hidden
-    width (default: the encoder's). Images are (B, 3, H, W) in [-1, 1] with sides divisible by 16; latents (B, d, h, w).
-    The buffers latent_mean and latent_std (d,) are filled once, when a stage ends."""
+    The buffers latent_mean and latent_std (d,) are filled once, when a stage ends. Images are (B, 3, H, W) in [-1, 1]
+    with sides divisible by 16; latents are (B, d, H/16, W/16)."""
     factor = 16
 
-    def __init__(self, encoder, decoder, d=32, hidden=None):
+    def __init__(self, d):
         super().__init__()
         self.d = d
-        self.arguments = {"encoder": encoder, "decoder": decoder, "d": d, "hidden": hidden}  # what rebuilds the model
-        self.encoder = DINOv2(**encoder)
-        self.adapter = Adapter(self.encoder.dim, d, hidden or self.encoder.dim)
-        self.decoder = Decoder(d=d, **decoder).to(memory_format=torch.channels_last)
         self.register_buffer("latent_mean", torch.zeros(d))
         self.register_buffer("latent_std", torch.zeros(d))  # zero: not yet computed
-        self.register_buffer("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
-
-    @classmethod
-    def load(cls, path):
-        """The tokenizer in a checkpoint of train_tokenizer.py, on the CPU, in eval mode; needs nothing but the file."""
-        content = load_file(path, "tokenizer")
-        if not {"tokenizer", "arguments"} <= content.keys():
-            raise UserError(f"{path} is not a tokenizer's checkpoint (expected runs/tokenizer/stage3.pt or like it)")
-        if "opt_g" in content:
-            raise UserError(f"{path} is a checkpoint to resume from, without EMA and statistics: take the stage's "
-                            f"final one, stage{content['stage']}.pt")
-        tokenizer = cls(**content["arguments"])
-        load_strictly(tokenizer, content["tokenizer"], path)
-        return tokenizer.eval()
-
-    def features(self, x):
-        """E_p(x): patch tokens (B, N, D) before the adapter. The image is resized: 14 px see what 16 px showed."""
-        H, W = x.shape[-2:]
-        if H % self.factor or W % self.factor:
-            raise UserError(f"image sides must be divisible by {self.factor}, not {H}x{W}")
-        x = ((x.float() + 1) / 2 - self.pixel_mean) / self.pixel_std
-        size = (H // self.factor * self.encoder.patch, W // self.factor * self.encoder.patch)  # 256 -> 224
-        x = F.interpolate(x, size, mode="bicubic", antialias=True)
-        return self.encoder(x)[1]
-
-    def adapt(self, tokens, h, w):
-        """A: patch tokens (B, N, D) -> z0 (B, d, h, w)."""
-        return self.adapter(tokens).transpose(1, 2).reshape(-1, self.d, h, w)
-
-    def encode(self, x):
-        """Images (B, 3, H, W) in [-1, 1] -> z0 (B, d, h, w), not normalised."""
-        return self.adapt(self.features(x), x.shape[-2] // self.factor, x.shape[-1] // self.factor)
-
-    def decode(self, z):
-        """z0 (B, d, h, w), not normalised -> images (B, 3, H, W), [-1, 1] up to a little overshoot."""
-        return self.decoder(z)
 
     def normalize(self, z):
         """z0 -> latents of mean 0 and standard deviation 1 per channel, which the generator learns."""
@@ -531,11 +501,9 @@ class Tokenizer(nn.Module):
             raise UserError("the tokenizer has no latent statistics: it comes from a stage that did not finish")
         return (self.latent_mean, self.latent_std)[i].view(-1, 1, 1)
 
-    def forward(self, x):
-        """x -> (x^, z0, pre-adapter tokens): one call, so that DDP sees every trained part."""
-        tokens = self.features(x)  # (B, N, D)
-        z = self.adapt(tokens, x.shape[-2] // self.factor, x.shape[-1] // self.factor)  # (B, d, h, w)
-        return self.decode(z), z, tokens
+    def encode(self, x):
+        """Images (B, 3, H, W) in [-1, 1] -> z0 (B, d, h, w), not normalised."""
+        return self.adapt(self.features(x), x.shape[-2] // self.factor, x.shape[-1] // self.factor)
 
     def checkpoint_activations(self, on=True):
         self.encoder.checkpointing = self.decoder.checkpointing = on
@@ -544,9 +512,121 @@ class Tokenizer(nn.Module):
         """A short hash of all that makes the latents: encoder, adapter, statistics. Stage 3 does not change it."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
-            if not name.startswith("decoder."):
+            if not name.startswith(("decoder.", "post_quant_conv.")):
                 digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+class Tokenizer(LatentSpace):
+    """AlignTok: z0 = A(E_p(x)), x^ = D(z0). No KL and no sampling (Section 3.1).
+
+    encoder: arguments of DINOv2; decoder: arguments of Decoder but d; d: latent channels; hidden: the adapter's hidden
+    width (default: the encoder's)."""
+
+    def __init__(self, encoder, decoder, d=32, hidden=None):
+        super().__init__(d)
+        self.arguments = {"encoder": encoder, "decoder": decoder, "d": d, "hidden": hidden}  # what rebuilds the model
+        self.encoder = DINOv2(**encoder)
+        self.adapter = Adapter(self.encoder.dim, d, hidden or self.encoder.dim)
+        self.decoder = Decoder(d=d, **decoder).to(memory_format=torch.channels_last)
+
+    @staticmethod
+    def load(path):
+        """The tokenizer in a checkpoint of train_tokenizer.py, or an official VA-VAE's (without statistics: they are
+        another file), on the CPU, in eval mode; needs nothing but the file."""
+        content = load_file(path, "tokenizer")
+        if "opt_g" in content:
+            raise UserError(f"{path} is a checkpoint to resume from, without EMA and statistics: take the stage's final one"
+                            ", such as stage3.pt")
+        official = content.get("state_dict", content)
+        if "encoder.conv_in.weight" in official:
+            return VAE.from_official(official, path)
+        if not {"tokenizer", "arguments"} <= content.keys():
+            raise UserError(f"{path} is not a tokenizer's checkpoint (expected runs/tokenizer/stage3.pt or like it)")
+        kind = Tokenizer if "encoder" in content["arguments"] else VAE
+        tokenizer = kind(**content["arguments"])
+        load_strictly(tokenizer, content["tokenizer"], path)
+        return tokenizer.eval()
+
+    def features(self, x):
+        """E_p(x): patch tokens (B, N, D) before the adapter."""
+        return self.encoder.features(x, self.factor)
+
+    def adapt(self, tokens, h, w):
+        """A: patch tokens (B, N, D) -> z0 (B, d, h, w)."""
+        return self.adapter(tokens).transpose(1, 2).reshape(-1, self.d, h, w)
+
+    def decode(self, z):
+        """z0 (B, d, h, w), not normalised -> images (B, 3, H, W), [-1, 1] up to a little overshoot."""
+        return self.decoder(z)
+
+    def forward(self, x):
+        """x -> (x^, z0, pre-adapter tokens): one call, so that DDP sees every trained part."""
+        tokens = self.features(x)  # (B, N, D)
+        z = self.adapt(tokens, x.shape[-2] // self.factor, x.shape[-1] // self.factor)  # (B, d, h, w)
+        return self.decode(z), z, tokens
+
+    def blocks(self):
+        """The parts that --compile compiles."""
+        return [*self.encoder.blocks, *self.decoder.up]
+
+
+class VAE(LatentSpace):
+    """The baselines: LDM's convolutional VAE, and VA-VAE (Yao, Yang & Wang 2025), which pulls its latents toward a
+    foundation encoder while it trains. The keys are the official ones.
+
+    decoder: arguments of Decoder and Encoder but d; vf_dim: the width D of VA-VAE's foundation encoder (None: a plain
+    VAE). z is sampled in training; otherwise it is the mean."""
+    not_of_the_model = ("loss.", "foundation_model.", "linear_proj.")  # prefixes in official VA-VAE checkpoints
+
+    def __init__(self, decoder, d=32, vf_dim=None):
+        super().__init__(d)
+        self.arguments = {"decoder": decoder, "d": d, "vf_dim": vf_dim}  # what rebuilds the model
+        self.encoder = Encoder(d=d, **decoder)
+        self.quant_conv = nn.Conv2d(2 * d, 2 * d, 1)
+        self.post_quant_conv = nn.Conv2d(d, d, 1)
+        self.decoder = Decoder(d=d, **decoder)
+        if vf_dim:
+            self.linear_proj = nn.Conv2d(d, vf_dim, 1, bias=False)  # z -> z', which is compared with the foundation's
+        self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_official(cls, state, path):
+        """An official VA-VAE, in eval mode; its sizes follow from the names and shapes."""
+        state = {k: v for k, v in state.items() if not k.startswith(cls.not_of_the_model)}
+        first = sorted(k for k in state if re.fullmatch(r"encoder\.down\.\d\.block\.\d\.conv1\.weight", k))
+        widths = [state[k].shape[0] for k in first if ".block.0." in k]
+        ch = state["encoder.conv_in.weight"].shape[0]
+        decoder = {"ch": ch, "ch_mult": [w // ch for w in widths], "num_res_blocks": len(first) // len(widths)}
+        vae = cls(decoder, d=state["decoder.conv_in.weight"].shape[1])
+        load_strictly(vae, state | {k: v for k, v in vae.state_dict().items() if k.startswith("latent_")}, path)
+        return vae.eval()
+
+    def features(self, x):
+        """Mean and log-variance of z, as tokens (B, N, 2d)."""
+        if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
+            raise UserError(f"image sides must be divisible by {self.factor}, not {x.shape[-2]}x{x.shape[-1]}")
+        return self.quant_conv(self.encoder(x)).flatten(2).transpose(1, 2)
+
+    def adapt(self, tokens, h, w):
+        """The mean of z: tokens (B, N, 2d) -> z0 (B, d, h, w)."""
+        return tokens[..., :self.d].transpose(1, 2).reshape(-1, self.d, h, w)
+
+    def decode(self, z):
+        """z0 (B, d, h, w), not normalised -> images (B, 3, H, W), [-1, 1] up to a little overshoot."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(self, x, noise):
+        """x and standard normal noise (B, d, h, w) -> (x^, z, mean | log-variance (B, 2d, h, w), z' (B, D, h, w), or
+        None for a plain VAE)."""
+        moments = self.quant_conv(self.encoder(x))  # (B, 2d, h, w)
+        mean, logvar = moments.float().chunk(2, dim=1)
+        z = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise  # (B, d, h, w)
+        return self.decode(z), z, moments, self.linear_proj(z) if hasattr(self, "linear_proj") else None
+
+    def blocks(self):
+        """The parts that --compile compiles."""
+        return [*self.encoder.down, *self.decoder.up]
 
 
 # ------------------------------------------------------------------------------------------------------ LightningDiT

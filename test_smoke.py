@@ -289,6 +289,18 @@ def test_semantic_preservation():
     assert abs(losses.semantic_preservation(tokens, 3 * tokens, "cosine", dim=-1).item()) < 1e-6
 
 
+def test_baseline_losses():
+    moments = torch.tensor([1.0, -2.0, math.log(4), 99.0]).view(1, 4, 1, 1)  # mean | log-variance; 99 is clamped to 20
+    expected = 0.5 * (1 + 4 - 1 - math.log(4)) + 0.5 * (4 + math.exp(20) - 1 - 20)
+    assert math.isclose(losses.kl_divergence(moments).item(), expected, rel_tol=1e-6)
+    z = torch.tensor([[3.0, 3.0], [0.0, 0.0]]).view(1, 2, 1, 2)  # the tokens (3, 0) and (3, 0)
+    f = torch.tensor([[[2.0, 0.0], [0.0, 5.0]]])
+    # cosines 1 and 0: relu(.5 - cos) has the mean .25; S(z') is 1 everywhere, S(F) 0 off the diagonal: .75 / 2
+    assert math.isclose(losses.vf_loss(z, f).item(), 0.25 + 0.375, rel_tol=1e-6)
+    w = torch.tensor([3.0, 4.0], requires_grad=True)
+    assert losses.adaptive_weight(w.sum() * 1e9, 0 * w.sum(), w, limit=1e8).item() == 1e8
+
+
 def test_lpips():
     """Random VGG16 and heads: zero for equal images, finite gradients where features vanish, and an independent sum."""
     vgg = torchvision.models.vgg16().features[:30].eval()
@@ -462,13 +474,56 @@ def test_stages_train_what_they_say():
     assert Image.open(out / "stage2_step00000002.png").size == (8 * 64, 128)
 
 
+def test_baselines():
+    """VAE and VA-VAE: what trains, the frozen foundation encoder, resume, the official layout."""
+    flags = [*SMALL, "--accum", "2", "--steps", "3"]
+    for model in ("vae", "vavae"):
+        a, b = TMP / f"{model}-a", TMP / f"{model}-b"
+        extra = flags if model == "vavae" else [f for f in flags if f not in ("--encoder", "random:tiny14")]
+        tt.main([*extra, "--model", model, "--out", str(a)])
+        first, last = (load_file(a / f"{model}_step{step:08d}.pt") for step in (2, 3))
+        parts = {"encoder", "quant_conv", "post_quant_conv", "decoder"}
+        if model == "vavae":
+            parts.add("linear_proj")
+            tt.main([*extra, "--model", model, "--out", str(b), "--steps", "2"])
+            tt.main([*extra, "--model", model, "--out", str(b)])
+            assert same(last, load_file(b / f"{model}_step00000003.pt")) is None
+        for state in (last["tokenizer"], last["ema"]):
+            moved = {k.split(".")[0] for k, v in state.items() if not torch.equal(v, first["tokenizer"][k])}
+            assert moved - {"latent_mean", "latent_std"} == parts
+        row = rows_of(a)[-1]
+        assert row["stage"] == "0" and float(row["kl"]) > 0 and bool(row["vf"]) == (model == "vavae") and not row["sp"]
+        tok = Tokenizer.load(a / f"{model}.pt")
+        x = torch.rand(2, 3, 64, 64) * 2 - 1
+        with torch.no_grad():
+            z, noise = tok.encode(x), torch.randn(2, 32, 4, 4)
+            moments = tok.quant_conv(tok.encoder(x))
+            assert torch.equal(z, moments[:, :32])
+            sampled = tok(x, noise)[1]
+            assert torch.allclose(sampled, z + noise * (moments[:, 32:] / 2).exp(), atol=1e-5)
+            assert torch.equal(tok.unnormalize(tok.normalize(z)).sub(z).abs() < 1e-5, torch.ones_like(z, dtype=bool))
+    official = {k: v for k, v in tok.state_dict().items() if not k.startswith("latent_")}
+    official.update({"loss.discriminator.main.0.weight": torch.zeros(1), "foundation_model.x": torch.zeros(1)})
+    save_checkpoint(TMP / "official.pt", {"state_dict": official})
+    again = Tokenizer.load(TMP / "official.pt")
+    with torch.no_grad():
+        assert torch.equal(again.encode(x), tok.encode(x)) and torch.equal(again.decode(z), tok.decode(z))
+    assert "latent statistics" in error_of(again.normalize, z)
+    del official["quant_conv.bias"]
+    save_checkpoint(TMP / "official.pt", official)
+    assert "quant_conv.bias" in error_of(Tokenizer.load, TMP / "official.pt")
+    for words, extra in {"no --stage": ["--model", "vae", "--stage", "1"], "no --encoder": ["--model", "vae"],
+                         "earlier stage": ["--model", "vavae", "--init", "x"]}.items():
+        assert words in error_of(tt.main, [*flags, *extra, "--out", str(TMP / "none")])
+
+
 def test_generator_step_leaves_the_discriminator_alone():
     """After one step: D's gradients are those of its own loss, G's those of Eq. 1, and frozen parts have none."""
     torch.manual_seed(0)
     tok, disc = Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]), losses.PatchGAN(16)
     tok.encoder.requires_grad_(False).eval()
     s = SimpleNamespace(tokenizer=tok, generator=tok, discriminator=disc, critic=disc, reference=None, lpips=None,
-                           autocast=contextlib.nullcontext)
+                        autocast=contextlib.nullcontext)
     args = tt.parse(["--preset", "tiny"])
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     log = tt.training_step(x, s, args, gan=True, last=True)

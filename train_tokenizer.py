@@ -13,6 +13,9 @@ stage*_step*.pt of each stage (they resume), log.csv, and PNG grids (originals a
 Repeating a command resumes it. All randomness is a function of (seed, purpose, stage, epoch, image): neither a resume
 nor the number of workers or ranks changes what a step sees.
 
+The paper's baselines are one stage each: --model vae (KL) and --model vavae (KL, and the VF loss of Yao, Yang & Wang
+2025 toward the frozen encoder); their result is vae.pt or vavae.pt.
+
 Choices where the paper is silent (README, "Choices"): steps, batch, learning rate and discriminator are VA-VAE's in
 spirit; EMA serves stages 2 and 3; D's warm-up is counted through the stages; D is updated on the batch G just made.
 
@@ -47,6 +50,7 @@ import losses
 from model import (
     DECODERS,
     ENCODERS,
+    VAE,
     DINOv2,
     Tokenizer,
     UserError,
@@ -62,6 +66,8 @@ STAGES = {
     1: {"name": "latent alignment", "trains": ("adapter", "decoder"), "reference": False, "ema": False},
     2: {"name": "perceptual alignment", "trains": ("encoder", "adapter", "decoder"), "reference": True, "ema": True},
     3: {"name": "decoder refinement", "trains": ("decoder",), "reference": False, "ema": True},
+    0: {"name": "a baseline, from scratch", "ema": True, "reference": False,
+        "trains": ("encoder", "quant_conv", "post_quant_conv", "decoder", "linear_proj")},  # --model vae, vavae
 }
 
 # The defaults of the flags of the same name. size: image side in px; disc_ch: width of the discriminator.
@@ -276,10 +282,11 @@ def open_data(data, val, size, val_images):
 
 class View(Dataset):
     """What a DataLoader reads: item (epoch, i) is image i, cropped for training with the key's randomness, or with no
-    key centre-cropped. An unreadable image is returned as the text of its error: a worker has no better way."""
+    key centre-cropped; its label; and, if `noise` is its shape, the standard normal noise that a VAE samples with. An
+    unreadable image is returned as the text of its error: a worker has no better way."""
 
-    def __init__(self, data, size, key=None):
-        self.data, self.size, self.key = data, size, key
+    def __init__(self, data, size, key=None, noise=None):
+        self.data, self.size, self.key, self.noise = data, size, key, noise
 
     def __getitem__(self, item):
         epoch, i = item
@@ -288,7 +295,10 @@ class View(Dataset):
         except UserError as e:
             return str(e)
         img = center_crop(img, self.size) if self.key is None else random_crop(img, self.size, rng(*self.key, epoch, i))
-        return to_tensor(img), self.data.labels[i] if self.data.labels else 0
+        item = to_tensor(img), self.data.labels[i] if self.data.labels else 0
+        if self.noise:
+            item += (torch.from_numpy(rng(*self.key, "noise", epoch, i).standard_normal(self.noise, np.float32)),)
+        return item
 
 
 class Order:
@@ -619,15 +629,16 @@ def run(main):
 @torch.no_grad()
 def encode_means(tokenizer, view, n, workers, device, batch_size=64):
     """Encodes n images, a fixed random choice of the view's. Returns the means over positions of latents (n, d) and of
-    pre-adapter tokens (n, D), the labels (n,), and the latents' mean and std per channel (d,), all on the CPU."""
+    pre-adapter tokens (n, D; a VAE's: mean and log-variance of its latents), the labels (n,), and the latents' mean and
+    std per channel (d,), all on the CPU."""
     chosen = sorted(rng("encode").permutation(len(view.data))[:n].tolist())
     order = [[(0, i) for i in chosen[first:first + batch_size]] for first in range(0, len(chosen), batch_size)]
     latents, tokens, labels, moments = [], [], [], 0
     for x, y in batches(view, order, workers, device):
         t = tokenizer.features(x)  # (B, N, D)
-        z = tokenizer.adapter(t).double()  # (B, N, d)
-        moments = moments + torch.stack([torch.ones_like(z), z, z.square()]).sum((1, 2))  # (3, d)
-        latents.append(z.float().mean(1).cpu())
+        z = tokenizer.adapt(t, *(side // tokenizer.factor for side in x.shape[-2:])).double()  # (B, d, h, w)
+        moments = moments + torch.stack([torch.ones_like(z), z, z.square()]).sum((1, 3, 4))  # (3, d)
+        latents.append(z.float().mean((2, 3)).cpu())
         tokens.append(t.float().mean(1).cpu())
         labels.append(y.cpu())
     count, total, squares = moments.cpu()
@@ -706,8 +717,7 @@ def pretrain_encoder(encoder, data, args, device):
     more gently: the features learn shapes and not colours, and that is the gap which stage 2 has to close."""
     torch.manual_seed(args.seed)
     head = nn.Linear(encoder.dim, len(data.classes)).to(device)
-    model = Tokenizer(ENCODERS[args.encoder], DECODERS["tiny"]).to(device)  # for its features(): the resize is inside
-    model.encoder = encoder.to(device).train()
+    encoder.to(device).train()
     optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], 2e-3, (0.9, 0.99), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, args.pretrain_steps, pct_start=0.15)
     order = Order(len(data), 64, (args.seed, "pretrain order"))
@@ -717,7 +727,7 @@ def pretrain_encoder(encoder, data, args, device):
         x, y = next(stream)
         x = x[:, rng(args.seed, "pretrain colour", step).permutation(3).tolist()]
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = head(model.features(x).mean(1)).float()
+            logits = head(encoder.features(x).mean(1)).float()
         loss = F.cross_entropy(logits, y)
         optimiser.zero_grad()
         loss.backward()
@@ -727,7 +737,7 @@ def pretrain_encoder(encoder, data, args, device):
     print(f"stand-in pretraining: last batch loss {loss.item():.3f}, accuracy {accuracy:.1%}")
 
 
-def stage1_encoder(args, data, run_, rank, device):
+def foundation_encoder(args, data, run_, rank, device):
     """E_p and its arguments: official or from a file; or, for the preset tiny, the stand-in trained here, once."""
     if args.encoder != "tiny14":
         with rank_0_first():
@@ -754,30 +764,31 @@ def stage1_encoder(args, data, run_, rank, device):
 
 # ------------------------------------------------------------------------------------------------------- the stages
 
-def training_step(x, s, args, gan, last):
+def training_step(x, s, args, gan, last, noise=()):
     """Figure 2, one micro-batch: backward through L_rec + w_sp L_sp, then through the discriminator's loss.
 
     x: (B, 3, H, W). s: the stage's networks (see set_up_stage). gan: whether the adversarial terms are on yet. last:
-    whether this micro-batch completes the global batch. Returns what is logged, as scalars on the device."""
+    whether this micro-batch completes the global batch. noise: for a VAE, [(B, d, h, w)]. Returns what is logged, as
+    scalars on the device."""
     with no_sync(s.generator, not last), no_sync(s.critic, not last):
         with s.autocast():
-            recon, z, tokens = s.generator(x)  # x^ (B, 3, H, W), z0* (B, d, h, w), E_p(x) (B, N, D)
+            recon, z, tokens, *z_proj = s.generator(x, *noise)  # x^ (B, 3, H, W), z0* (B, d, h, w), E_p(x) (B, N, D)
         recon = recon.float()
 
         # Eq. 1: L_rec = L1 + w_p L_perceptual + w_g L_GAN, w_g = --w-g times the ratio of the gradients
         with s.autocast():
             loss, l1, perceptual = losses.reconstruction_loss(x, recon, s.lpips, args.w_p)
-        log = {"l1": l1, "perceptual": perceptual, "rec": loss}
+        rec, log = loss, {"l1": l1, "perceptual": perceptual, "rec": loss}
         if gan:
             s.discriminator.requires_grad_(False)  # no gradient of G's loss in D's parameters
             with s.autocast():
                 g_loss = losses.hinge_g(s.discriminator(recon))
-            adaptive = losses.adaptive_weight(loss, g_loss, s.tokenizer.decoder.conv_out.weight)
+            adaptive = losses.adaptive_weight(rec, g_loss, s.tokenizer.decoder.conv_out.weight)
             loss = loss + args.w_g * adaptive * g_loss
             log.update(g_loss=g_loss, adaptive=adaptive)
 
         # Stage 2: + w_sp L_sp, against the frozen stage-1 encoder and adapter
-        if s.reference is not None:
+        if args.model == "aligntok" and s.reference is not None:
             with torch.no_grad(), s.autocast():
                 tokens_ref = s.reference.features(x)
                 z_ref = s.reference.adapt(tokens_ref, *z.shape[-2:])
@@ -788,6 +799,19 @@ def training_step(x, s, args, gan, last):
                 l_sp = losses.semantic_preservation(tokens, tokens_ref, args.sp_loss, dim=-1)
             loss = loss + args.w_sp * l_sp
             log["sp"] = l_sp
+
+        # The baselines: + w_kl KL, and VA-VAE's w_vf VF toward the frozen foundation encoder
+        if args.model != "aligntok":
+            kl = losses.kl_divergence(tokens)
+            loss = loss + args.w_kl / x[0].numel() * kl  # 1e-6 goes with a sum over the 3HW values; L1 is their mean
+            log["kl"] = kl
+        if args.model == "vavae":
+            with torch.no_grad(), s.autocast():
+                foundation = s.reference.features(x)
+            vf = losses.vf_loss(*z_proj, foundation)
+            adaptive = losses.adaptive_weight(rec, vf, s.tokenizer.encoder.conv_out.weight, limit=1e8)
+            loss = loss + args.w_vf * adaptive * vf
+            log.update(vf=vf, vf_adaptive=adaptive)
         (loss / args.accum).backward()
 
         if gan:
@@ -800,23 +824,26 @@ def training_step(x, s, args, gan, last):
     return {k: v.detach().float() for k, v in log.items()}
 
 
-COLUMNS = ["stage", "step", "l1", "perceptual", "rec", "g_loss", "adaptive", "sp", "sp_to_var",
-           "d_loss", "d_real", "d_fake"]
+COLUMNS = ["stage", "step", "l1", "perceptual", "rec", "g_loss", "adaptive", "sp", "sp_to_var", "kl",
+           "vf", "vf_adaptive", "d_loss", "d_real", "d_fake"]
 
 
 def start_of_stage(stage, args, data, run_, rank, device):
-    """(tokenizer, discriminator, state of D's optimiser or None, steps trained before): stage 1 starts from E_p, the
-    others from the final checkpoint of the stage before."""
-    if stage == 1:
+    """(tokenizer, discriminator, frozen reference or None, state of D's optimiser or None, steps trained before): stage
+    1 starts from E_p, a baseline from nothing, the others from the final checkpoint of the stage before."""
+    if stage in (0, 1):
         if args.init:
             raise UserError("--init continues from an earlier stage: it goes with --stage 2 or 3")
         torch.manual_seed(int(rng(args.seed, "encoder").integers(2 ** 62)))  # for random:NAME
-        encoder, arguments = stage1_encoder(args, data, run_, rank, device)
+        encoder, arguments = (None, None) if args.model == "vae" else foundation_encoder(args, data, run_, rank, device)
         torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))  # the same on every rank, whatever E_p is
         discriminator = losses.PatchGAN(args.disc_ch)
+        if stage == 0:
+            vae = VAE(DECODERS[args.decoder], d=args.d, vf_dim=encoder and encoder.dim)
+            return vae, discriminator, encoder, None, 0
         tokenizer = Tokenizer(arguments, DECODERS[args.decoder], d=args.d)
         tokenizer.encoder.load_state_dict(encoder.state_dict())
-        return tokenizer, discriminator, None, 0
+        return tokenizer, discriminator, None, None, 0
     path = Path(args.init or run_.out / f"stage{stage - 1}.pt")
     if not path.exists():
         raise UserError(f"stage {stage} continues from stage {stage - 1}, but there is no {path}: "
@@ -834,24 +861,30 @@ def start_of_stage(stage, args, data, run_, rank, device):
     tokenizer, discriminator = Tokenizer(**content["arguments"]), losses.PatchGAN(args.disc_ch)
     load_strictly(tokenizer, content["tokenizer"], path)
     load_strictly(discriminator, content["discriminator"], path)
-    return tokenizer, discriminator, content["opt_d"], content["total_steps"]
+    reference = None
+    if STAGES[stage]["reference"]:
+        reference = copy.deepcopy(tokenizer)
+        reference.decoder = None  # L_sp compares latents: the frozen copy is encoder and adapter
+    return tokenizer, discriminator, reference, content["opt_d"], content["total_steps"]
 
 
 def set_up_stage(stage, args, run_, data, lpips, rank, device):
     """The stage's networks, its optimisers and EMA, and `run`, the arguments that a resume must repeat."""
-    tokenizer, discriminator, opt_d_state, steps_before = start_of_stage(stage, args, data, run_, rank, device)
+    tokenizer, discriminator, reference, opt_d_state, steps_before = start_of_stage(
+        stage, args, data, run_, rank, device)
     tokenizer.to(device)
     discriminator.to(device)
-
-    # What the stage trains, and against what
-    tokenizer.requires_grad_(False).eval()
-    for part in STAGES[stage]["trains"]:
-        getattr(tokenizer, part).requires_grad_(True).train()
-    tokenizer.encoder.mask_token.requires_grad_(False)
-    trained = [p for p in tokenizer.parameters() if p.requires_grad]
-    reference = copy.deepcopy(tokenizer).requires_grad_(False).eval() if STAGES[stage]["reference"] else None
     if reference is not None:
-        reference.decoder = None  # L_sp compares latents: the frozen copy is encoder and adapter
+        reference.to(device).requires_grad_(False).eval()
+
+    # What the stage trains
+    tokenizer.requires_grad_(False).eval()
+    for name, part in tokenizer.named_children():
+        if name in STAGES[stage]["trains"]:
+            part.requires_grad_(True).train()
+    if stage == 2:
+        tokenizer.encoder.mask_token.requires_grad_(False)  # no forward reads it
+    trained = [p for p in tokenizer.parameters() if p.requires_grad]
     ema = copy.deepcopy(tokenizer).requires_grad_(False).eval() if STAGES[stage]["ema"] else None
 
     opt_g = torch.optim.Adam(trained, args.lr, betas=(0.5, 0.9), fused=True)
@@ -860,11 +893,11 @@ def set_up_stage(stage, args, run_, data, lpips, rank, device):
         opt_d.load_state_dict(opt_d_state)
         opt_d.param_groups[0]["lr"] = args.lr  # the state brings the lr of the stage before
     dtype = autocast_dtype(args.dtype, device)
-    what = {"stage": stage, "fingerprint at the start": tokenizer.fingerprint(), "list of images": data.identity,
-            "lpips": lpips is not None, "dtype": str(dtype).removeprefix("torch.")}
+    what = {"model": args.model, "stage": stage, "fingerprint at the start": tokenizer.fingerprint(),
+            "list of images": data.identity, "lpips": lpips is not None, "dtype": str(dtype).removeprefix("torch.")}
     what |= {k: getattr(args, k) for k in (
         "encoder", "decoder", "d", "disc_ch", "size", "batch_size", "accum", "lr", "seed", "w_p", "w_g", "w_sp",
-        "sp_loss", "sp_at", "disc_start", "ema_decay")}
+        "sp_loss", "sp_at", "w_kl", "w_vf", "disc_start", "ema_decay")}
     torch.manual_seed(int(rng(args.seed, "stage", stage, rank).integers(2 ** 62)))  # no step draws from it yet
     return SimpleNamespace(
         run=what, steps_before=steps_before, step=0, tokenizer=tokenizer, discriminator=discriminator, trained=trained,
@@ -889,8 +922,10 @@ def load_stage_state(s, saved, rank):
 
 
 def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
-    """One stage from its start, or from its last checkpoint, to its final checkpoint stage{N}.pt."""
-    steps, prefix, final = args.steps_of[stage], f"stage{stage}", run_.out / f"stage{stage}.pt"
+    """One stage from its start, or from its last checkpoint, to its final checkpoint stage{N}.pt, or a baseline to its
+    own, vae.pt or vavae.pt."""
+    steps, prefix = args.steps_of[stage], f"stage{stage}" if stage else args.model
+    final = run_.out / f"{prefix}.pt"
     s = set_up_stage(stage, args, run_, data, lpips, rank, device)
     if args.overwrite:
         run_.forget(prefix)
@@ -898,7 +933,7 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
         done = load_file(final)
         check_same(done["run"], s.run, final)
         if done["step"] >= steps:
-            print_0(f"stage {stage} is complete: {final}")
+            print_0(f"{prefix} is complete: {final}")
             return
     saved = run_.resume(prefix, s.run)
     if saved:
@@ -914,19 +949,21 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
     if args.checkpointing:
         s.tokenizer.checkpoint_activations()
     if args.compile:  # block by block and in place: keys stay, and the adaptive weight's gradient stays cheap
-        for block in [*s.tokenizer.encoder.blocks, *s.tokenizer.decoder.up]:
+        for block in s.tokenizer.blocks():
             block.compile()
     s.generator, s.critic = wrap(s.tokenizer, device), wrap(s.discriminator, device)
     order = Order(len(data), args.batch_size, (args.seed, "order", stage), s.step, args.accum, rank, world)
-    stream = batches(View(data, args.size, (args.seed, "augment", stage)), order, args.workers, device)
+    side = args.size // s.tokenizer.factor
+    view = View(data, args.size, (args.seed, "augment", stage), None if stage else (args.d, side, side))
+    stream = batches(view, order, args.workers, device)
     describe_stage(stage, s, args, data, world, device)
 
-    bar = tqdm(total=steps, initial=s.step, desc=f"stage {stage}", disable=rank != 0, mininterval=1)
+    bar = tqdm(total=steps, initial=s.step, desc=prefix, disable=rank != 0, mininterval=1)
     while s.step < steps:
         gan = args.w_g > 0 and s.steps_before + s.step >= args.disc_start
         for micro in range(args.accum):
-            x, _ = next(stream)
-            s.meter.add(s.step + 1, training_step(x, s, args, gan, last=micro == args.accum - 1))
+            x, _, *noise = next(stream)
+            s.meter.add(s.step + 1, training_step(x, s, args, gan, micro == args.accum - 1, noise))
         s.opt_g.step()
         s.opt_g.zero_grad(set_to_none=True)
         if gan:
@@ -955,7 +992,7 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
             run_.save(prefix, s.step, stage_state(s))
         if stop and s.step < steps:
             bar.close()
-            raise UserError(f"stopped by a signal at step {s.step} of stage {stage}; saved {run_.last_good(prefix)}; "
+            raise UserError(f"stopped by a signal at step {s.step} of {prefix}; saved {run_.last_good(prefix)}; "
                             "repeat the command to go on")
     bar.close()
     # The others wait while rank 0 validates, which may take longer than a collective may
@@ -970,20 +1007,22 @@ def describe_stage(stage, s, args, data, world, device):
     count, d_count = (sum(p.numel() for p in params) for params in (s.trained, s.discriminator.parameters()))
     frozen = sum(p.numel() for p in s.tokenizer.parameters()) - count
     steps = args.steps_of[stage]
-    print_0(f"\nstage {stage}, {STAGES[stage]['name']}: {' '.join(STAGES[stage]['trains'])} train, {count / 1e6:.2f}M "
-            f"parameters; {frozen / 1e6:.2f}M frozen; discriminator {d_count / 1e6:.2f}M\n"
+    trains = [name for name, _ in s.tokenizer.named_children() if name in STAGES[stage]["trains"]]
+    weights = f"w_sp {args.w_sp:g}" if stage else f"w_kl {args.w_kl:g}, w_vf {args.w_vf * (args.model == 'vavae'):g}"
+    print_0(f"\n{f'stage {stage}' if stage else args.model}, {STAGES[stage]['name']}: {' '.join(trains)} train, "
+            f"{count / 1e6:.2f}M parameters; {frozen / 1e6:.2f}M frozen; discriminator {d_count / 1e6:.2f}M\n"
             f"  {len(data)} images of {args.size} px, batch {args.batch_size} = {world} ranks x {args.accum} "
             f"micro-batches x {args.batch_size // world // args.accum}, {len(data) / args.batch_size:.1f} steps an "
             f"epoch, {steps} steps{f', resuming at step {s.step}' if s.step else ''}\n"
             f"  {device.type}, {s.run['dtype']}, w_p {args.w_p:g}, w_g {args.w_g:g} from step {args.disc_start} of all "
-            f"stages, w_sp {args.w_sp:g}")
+            f"stages, {weights}")
 
 
 def finish_stage(stage, s, args, data, held_out, device, final):
     """Validates the stage's result (its EMA, where it has one); saves it as a tokenizer, with D for the next stage."""
     result = s.ema or s.tokenizer
     figures = validate(stage, result, data, held_out, args, device, s.lpips)
-    print(f"stage {stage} on {min(args.val_images, len(held_out))} held-out images: " + ", ".join(
+    print(f"{final.stem} on {min(args.val_images, len(held_out))} held-out images: " + ", ".join(
         f"{k} {v:.4f}" if k in ("rec", "ssim") else f"{k} {v:.2f}" for k, v in figures.items()))
     save_checkpoint(final, {
         "stage": stage, "step": s.step, "total_steps": s.steps_before + s.step, "run": s.run,
@@ -998,18 +1037,19 @@ def parse(argv=None):
     p = Parser(__doc__)
     add = p.add_argument
     add("--preset", choices=PRESETS, default="paper", help="default: %(default)s")
-    add("--stage", choices=["1", "2", "3", "all"], default="all", help="default: %(default)s")
+    add("--model", choices=["aligntok", "vae", "vavae"], default="aligntok", help="vae, vavae: the paper's baselines")
+    add("--stage", choices=["1", "2", "3", "all"], default="all", help="of aligntok (default: %(default)s)")
     add("--data", help="folder of images, one folder per class or flat; 'shapes' for the built-in data")
     add("--val", help="folder of held-out images (default: `val` beside a folder `train`, else 5%% are held out)")
     add("--out", default="runs/tokenizer", help="the run's folder (default: %(default)s)")
-    add("--steps", type=int, help="steps of each stage")
+    add("--steps", type=int, help="steps of each stage, or of a baseline (default: as many as the stages together)")
     add("--batch-size", type=int, help="global: over all ranks and micro-batches")
     add("--accum", type=int, default=1, help="micro-batches per step; BatchNorm and w_g see one micro-batch at a time")
     add("--lr", type=float, help="of Adam, for G and D")
     add("--seed", type=int, default=0)
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of autocast; auto: bf16 where it is native")
     add("--init", help="the stage before's final checkpoint (default: in --out)")
-    add("--encoder", help="stage 1: vits14 ... vitg14, with _reg4, or a DINOv2 file, or random:NAME")
+    add("--encoder", help="stage 1, vavae: vits14 ... vitg14, with _reg4, or a DINOv2 file, or random:NAME")
     add("--d", type=int, default=32, help="latent channels")
     add("--size", type=int, help="image side in px, divisible by 16")
     add("--vgg16", help="torchvision's VGG16 file, for L_perceptual")
@@ -1019,6 +1059,8 @@ def parse(argv=None):
     add("--w-sp", type=float, default=1.0, help="weight of L_sp in stage 2 (default: %(default)s)")
     add("--sp-loss", choices=["l2", "cosine"], default="l2", help="ablation: cosine")
     add("--sp-at", choices=["adapter", "encoder"], default="adapter", help="ablation: L_sp before the adapter")
+    add("--w-kl", type=float, default=1e-6, help="vae, vavae: weight of KL, beside a sum over pixels (%(default)s)")
+    add("--w-vf", type=float, default=0.1, help="vavae: the VF loss's part of its adaptive weight (%(default)s)")
     add("--disc-start", type=int, help="step, counted through the stages, at which the GAN begins")
     add("--ema-decay", type=float)
     add("--workers", type=int, help="loader processes per rank")
@@ -1040,7 +1082,8 @@ def parse(argv=None):
     for name, value in preset.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.steps_of = dict(zip(STAGES, [args.steps] * 3 if isinstance(args.steps, int) else args.steps))
+    steps = [args.steps] * 4 if isinstance(args.steps, int) else [*args.steps, sum(args.steps)]
+    args.steps_of = dict(zip(STAGES, steps))
     for name in ("batch_size", "accum", "d", "log_every", "save_every", "grid_every", "val_images", "probe_images"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
@@ -1048,8 +1091,8 @@ def parse(argv=None):
         raise UserError(f"--steps must be at least 1, not {args.steps}")
     if args.size % 16 or args.size < 32:  # 32: what PatchGAN takes
         raise UserError(f"--size must be divisible by 16 and at least 32, not {args.size}")
-    if args.lr <= 0 or min(args.w_p, args.w_g, args.w_sp, args.workers, args.disc_start, args.seed) < 0 or \
-            not 0 <= args.ema_decay < 1:
+    not_negative = args.w_p, args.w_g, args.w_sp, args.w_kl, args.w_vf, args.workers, args.disc_start, args.seed
+    if args.lr <= 0 or min(not_negative) < 0 or not 0 <= args.ema_decay < 1:
         raise UserError("--lr must be positive, weights, --workers, --disc-start and --seed not negative, "
                         "--ema-decay in [0, 1)")
     return args
@@ -1063,7 +1106,11 @@ def main(argv=None):
                         "micro-batches")
     if args.stage == "all" and args.init:
         raise UserError("--init continues from an earlier stage: it goes with --stage 2 or 3")
-    stages = list(STAGES) if args.stage == "all" else [int(args.stage)]
+    stages = [1, 2, 3] if args.stage == "all" else [int(args.stage)]
+    if args.model != "aligntok":
+        if args.stage != "all" or args.model == "vae" and args.encoder_given:
+            raise UserError(f"--model {args.model} is one stage, from scratch: no --stage, and for vae no --encoder")
+        stages = [0]
     data, held_out = open_data(args.data, args.val, args.size, args.val_images)
     if args.check_data:
         check_data([data, held_out], args, rank, world)
