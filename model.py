@@ -536,8 +536,8 @@ class Tokenizer(LatentSpace):
         another file), on the CPU, in eval mode; needs nothing but the file."""
         content = load_file(path, "tokenizer")
         if "opt_g" in content:
-            raise UserError(f"{path} is a checkpoint to resume from, without EMA and statistics: take the stage's final one"
-                            ", such as stage3.pt")
+            raise UserError(f"{path} is a checkpoint to resume from, without EMA and statistics: take the stage's "
+                            "final one")
         official = content.get("state_dict", content)
         if "encoder.conv_in.weight" in official:
             return VAE.from_official(official, path)
