@@ -773,6 +773,30 @@ def write_images(folder, n=12, size=64, seed=0):
     return np.concatenate([images[::2], images[1::2]])  # in the order of the file names
 
 
+def test_lite0():
+    """The judge: its size, TensorFlow's padding, and the command."""
+    net = fid.EfficientNetLite0()
+    assert count(net) == 4_652_008
+    x = torch.randn(1, 1, 4, 4)
+    conv = fid.SameConv(1, 1, 3, 2, bias=False)
+    padded = F.pad(x, (0, 1, 0, 1))[0, 0]
+    by_hand = [[(padded[i:i + 3, j:j + 3] * conv.weight[0, 0]).sum() for j in (0, 2)] for i in (0, 2)]
+    assert torch.allclose(conv(x)[0, 0], torch.tensor(by_hand), atol=1e-6)
+    with folder() as d:
+        save_checkpoint(d / "lite0.pth", net.state_dict())
+        refs = [write_shapes(d / "a", 6), write_shapes(d / "b", 6, 48)]
+        flags = ["--features", "lite0", "--lite0", str(d / "lite0.pth"), "--json", str(d / "out.json")]
+        fid.main([*refs, *flags, "--workers", "0"])
+        found = {f["metric"]: f["value"] for f in json.loads((d / "out.json").read_text())["figures"]}
+        rows = [net(torch.stack([fid.Source(r)[0, i][0] for i in range(6)]))["pool"].double() for r in refs]
+        mean, cov = zip(*((r.mean(0), torch.cov(r.T)) for r in rows))
+        root = torch.linalg.eigvals(cov[0] @ cov[1]).sqrt().real.sum()
+        by_hand = (mean[0] - mean[1]).square().sum() + cov[0].trace() + cov[1].trace() - 2 * root
+        assert found.keys() == {"FD-Lite0", "precision", "recall", "KID"}
+        assert math.isclose(found["FD-Lite0"], by_hand.item(), rel_tol=1e-3)
+        assert "--lite0 FILE" in error_of(fid.main, [*refs, "--features", "lite0"])
+
+
 def test_fid_commands():
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
