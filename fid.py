@@ -193,7 +193,7 @@ def read_header(f, size):
 
 
 def read_array(npz, name):
-    """An array of the open zip `npz`, whole: only at the end of an entry does zipfile compare its CRC."""
+    """An array of the open zip `npz`, whole: at the end of an entry zipfile compares its CRC."""
     entry = npz.getinfo(name + ".npy")
     if entry.file_size > 2 ** 28:  # four times the largest of them, 2048 x 2048 in fp64
         raise ValueError(f"{name} takes {entry.file_size} bytes")
@@ -223,6 +223,8 @@ class Source(Dataset):
 
     def _open_npz(self):
         with reading(self.path, "npz"), zipfile.ZipFile(self.path) as npz:
+            for entry in npz.infolist():
+                npz.open(entry).close()  # both places that hold its name agree: none is missed for a flipped bit
             keys = [name.removesuffix(".npy") for name in npz.namelist()]
             if {"mu", "sigma"} <= set(keys):
                 known = {"mu", "sigma", "mu_s", "sigma_s", "n", "resize", "weights"}
@@ -286,9 +288,7 @@ class Source(Dataset):
         with reading(self.path, "npz"), zipfile.ZipFile(self.path) as npz, npz.open("arr_0.npy") as f:
             _, H, W = self._read_header(npz, f)
             for k, items in enumerate(order):
-                data = f.read(len(items) * H * W * 3)
-                if k == len(order) - 1:
-                    f.read(1)  # the end, where zipfile compares the CRC
+                data = f.read(len(items) * H * W * 3)  # the last one ends the entry, where zipfile compares its CRC
                 if k % world == rank:
                     images = np.frombuffer(data, np.uint8).reshape(len(items), H, W, 3)
                     yield (torch.stack([self._prepare(Image.fromarray(img)) for img in images]),

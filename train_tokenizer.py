@@ -603,12 +603,15 @@ def rng_states():
 
 
 def load_optimiser(opt, state):
-    """opt.load_state_dict(state) for Adam, which by itself does not look at the shapes of the moments."""
+    """opt.load_state_dict(state) for Adam, whose fused step would write beyond moments of another shape or layout."""
     opt.load_state_dict(state)
     for p, moments in opt.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             if moments[name].shape != p.shape or not moments[name].sum().isfinite():
                 raise ValueError("the optimiser's moments do not fit, or are not finite")
+            moments[name] = torch.empty_like(p, requires_grad=False).copy_(moments[name])
+        if moments["step"].shape != ():
+            raise ValueError("the optimiser's count of steps is not one number")
 
 
 @torch.no_grad()
