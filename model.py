@@ -44,7 +44,8 @@ def reading(path, what):
     except UserError:
         raise
     except Exception as e:  # a damaged file can make anything of a decoder
-        reason = f"{type(e).__name__}: {e}".splitlines()[0][:200]
+        kind = "" if isinstance(e, (ValueError, OSError)) and str(e) else f"{type(e).__name__} "  # says enough by itself
+        reason = f"{kind}{e}".splitlines()[0].strip()[:200]
         raise UserError(f"unreadable {what} {path} (damaged, or not what it should be): {reason}") from e
 
 

@@ -922,7 +922,7 @@ def slow_hostile_stage_files(most=None):
                 tt.main([*flags, "--out", str(d / part), "--init", str(d / "wrong.pt")])
         good = load_file(run / "stage2_step00000002.pt")
         moments = copy.deepcopy(good["opt_g"])
-        moments["state"][0]["exp_avg"] = torch.zeros(7)
+        moments["state"][0]["exp_avg"] = torch.zeros(1)
         for part, wrong in (("opt_g", moments), ("rng", [1]), ("meter", None), ("step", "2"), ("ema", {}))[:most]:
             (d / f"resume-{part}").mkdir()
             torch.save(good | {part: wrong}, d / f"resume-{part}" / "stage2_step00000002.pt")
@@ -965,13 +965,13 @@ def test_hostile_npz():
                 ends = [entry.header_offset + 30 + sum(struct.unpack_from("<HH", data, entry.header_offset + 26))
                         + entry.compress_size for entry in z.infolist()]
             noticed = 0
-            for bit in (8 * end - k for end in ends for k in range(1, 25)):  # each entry's last bytes
+            for bit in (8 * end - k for end in ends for k in range(1, 17)):  # each entry's last bytes
                 path.write_bytes(flip(data, bit))
                 try:
                     assert read_npz(path) == good  # a compressed entry may end in bits that mean nothing
                 except UserError:
                     noticed += 1
-            assert noticed == 96 if save is np.savez else noticed > 48
+            assert noticed == 64 if save is np.savez else noticed > 24
             path.write_bytes(data[:-1])
             with refused("a.npz"):
                 read_npz(path)
@@ -1018,7 +1018,7 @@ def test_hostile_images():
     at = jpeg.find(b"\xff\xc0") + 5
     tall = jpeg[:at] + struct.pack(">HH", 60000, 60000) + jpeg[at + 4:]
     wide = jpeg[:at] + struct.pack(">HH", 9500, 9500) + jpeg[at + 4:]  # 90 megapixels, of which PIL only warns
-    text = b"zTXt" + b"a\0\0" + zlib.compress(bytes(10 ** 8))
+    text = b"zTXt" + b"a\0\0" + zlib.compress(bytes(10 ** 7))
     text = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
     loaded = {}
     with folder() as d:
@@ -1200,7 +1200,7 @@ def slow_fuzz_of_files(files=500, seconds=20):
 
 
 def test_fuzz():
-    slow_fuzz_of_files(60)
+    slow_fuzz_of_files(40)
 
 
 # ------------------------------------------------------------------------------- LightningDiT, train_dit.py, sample.py
@@ -1540,6 +1540,9 @@ def test_sample_files():
         for out in ("s.npz", "pngs"):
             with refused("seed 0 -> 1"):
                 sample.main([*ours, "--out", str(d / out), "--seed", "1"])
+        (d / "pngs" / "sampling.json").write_text('{"seed": 0')
+        with refused("sampling.json"):
+            sample.main([*ours, "--out", str(d / "pngs")])
 
 
 def test_sample_errors():
