@@ -19,10 +19,12 @@ distance takes eigenvalues of symmetric matrices, not scipy's sqrtm. All network
 Legend: B batch, N images, D feature dimensions, H W image sides.
 """
 import hashlib
+import io
 import json
+import math
+import operator
 import os
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +38,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import losses
-from model import DINOv2, Tokenizer, UserError, find_weights, load_encoder, load_file, load_strictly, sha256
+from model import DINOv2, Tokenizer, UserError, find_weights, load_encoder, load_file, load_strictly, reading, sha256
 from train_tokenizer import (
     Folder,
     Parser,
@@ -169,8 +171,8 @@ class DINOv2Features(nn.Module):
 def load_dinov2(spec):
     """(DINOv2Features, hash): an official name, a DINOv2 file, or the encoder inside a tokenizer's checkpoint."""
     file = Path(spec).is_file()
-    if file and "tokenizer" in load_file(spec, "encoder"):
-        encoder = Tokenizer.load(spec).encoder
+    if file and "tokenizer" in (content := load_file(spec, "encoder")):
+        encoder = Tokenizer.load(spec, content).encoder
         if not isinstance(encoder, DINOv2):
             raise UserError(f"--encoder {spec} is a VAE: it has no DINOv2")
     else:
@@ -242,7 +244,24 @@ class EfficientNetLite0(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------- images
 
-BROKEN = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)  # of an npz
+def read_header(f, size):
+    """The header of an .npy file of `size` bytes, open at its start: (shape, dtype). A shape that the file cannot hold,
+    Fortran's order and pickled objects are errors."""
+    old = np.lib.format.read_magic(f) == (1, 0)
+    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(f)
+    if fortran or dtype.hasobject or min(shape, default=1) < 0 or f.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"an array of {dtype} {shape} in {size} bytes")
+    return shape, dtype
+
+
+def read_array(npz, name):
+    """An array of the open zip `npz`, whole: at the end of an entry zipfile compares its CRC."""
+    entry = npz.getinfo(name + ".npy")
+    if entry.file_size > 2 ** 28:  # four times the largest of them, 2048 x 2048 in fp64
+        raise ValueError(f"{name} takes {entry.file_size} bytes")
+    data = npz.read(entry)
+    shape, dtype = read_header(f := io.BytesIO(data), len(data))
+    return np.frombuffer(data, dtype, offset=f.tell()).reshape(shape)
 
 
 class Source(Dataset):
@@ -258,33 +277,36 @@ class Source(Dataset):
         elif zipfile.is_zipfile(path):
             self._open_npz()
         else:
-            raise UserError(f"{path}: {'neither a folder nor an npz' if Path(path).exists() else 'not found'}")
+            raise UserError(f"{path}: {'neither a folder nor a whole npz' if Path(path).exists() else 'not found'}")
         if self.data is not None:
             self.n, self.side = len(self.data), (size, size) if size else self.data.image(0).size
         if self.n == 1:
             raise UserError(f"{path} holds one image; a covariance takes at least two")
 
     def _open_npz(self):
-        try:
-            with np.load(self.path, allow_pickle=False) as npz:
-                keys = npz.files
-                if {"mu", "sigma"} <= set(keys):
-                    self.statistics = {k: npz[k] for k in keys if k != "arr_0"}
+        with reading(self.path, "npz"), zipfile.ZipFile(self.path) as npz:
+            for entry in npz.infolist():
+                npz.open(entry).close()  # both places that hold its name agree: none is missed for a flipped bit
+            keys = [name.removesuffix(".npy") for name in npz.namelist()]
+            if {"mu", "sigma"} <= set(keys):
+                known = {"mu", "sigma", "mu_s", "sigma_s", "n", "resize", "weights"}
+                self.statistics = {k: read_array(npz, k) for k in keys if k in known}
+                if "n" in keys and operator.index(self.statistics["n"]) < 2:
+                    raise ValueError(f"statistics of {self.statistics['n']} images")
             if "arr_0" in keys:
-                with zipfile.ZipFile(self.path) as z, z.open("arr_0.npy") as f:
-                    self.n, H, W = self._read_header(f)
+                with npz.open("arr_0.npy") as f:
+                    self.n, H, W = self._read_header(npz, f)
                     self.side = (self.size, self.size) if self.size else (W, H)
-        except BROKEN as e:
-            raise UserError(f"unreadable npz {self.path}: {e}") from None
         if not self.n and not self.statistics:
-            raise UserError(f"{self.path} holds neither images (arr_0) nor statistics (mu, sigma): {', '.join(keys)}")
+            raise UserError(f"{self.path} holds neither images (arr_0) nor statistics (mu, sigma): "
+                            f"{', '.join(keys)[:200]}")
 
-    def _read_header(self, f):
-        """Reads arr_0's header from the open file: (N, H, W)."""
-        old = np.lib.format.read_magic(f) == (1, 0)
-        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(f)
-        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or fortran or not shape[0]:
-            raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3), not {dtype} {shape}")
+    def _read_header(self, npz, f):
+        """Reads arr_0's header from its open entry f: (N, H, W)."""
+        shape, dtype = read_header(f, npz.getinfo("arr_0.npy").file_size)
+        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or not min(shape) or shape[1] * shape[2] > 2 ** 24:
+            raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3), at most 16 megapixels each, not {dtype} "
+                            f"{shape}")
         return shape[:3]
 
     def _prepare(self, img):
@@ -325,19 +347,14 @@ class Source(Dataset):
 
     def _read_npz(self, order, rank, world):
         """arr_0 of 50,000 images is 10 GB, perhaps compressed: it is read in order, a batch at a time."""
-        try:
-            with zipfile.ZipFile(self.path) as z, z.open("arr_0.npy") as f:
-                _, H, W = self._read_header(f)
-                for k, items in enumerate(order):
-                    data = f.read(len(items) * H * W * 3)
-                    if len(data) < len(items) * H * W * 3:
-                        raise EOFError("arr_0 ends before its last image")
-                    if k % world == rank:
-                        images = np.frombuffer(data, np.uint8).reshape(-1, H, W, 3)
-                        yield (torch.stack([self._prepare(Image.fromarray(img)) for img in images]),
-                               torch.tensor([i for _, i in items]))
-        except BROKEN as e:
-            raise UserError(f"unreadable npz {self.path}: {e}") from None
+        with reading(self.path, "npz"), zipfile.ZipFile(self.path) as npz, npz.open("arr_0.npy") as f:
+            _, H, W = self._read_header(npz, f)
+            for k, items in enumerate(order):
+                data = f.read(len(items) * H * W * 3)  # the last one ends the entry, where zipfile compares its CRC
+                if k % world == rank:
+                    images = np.frombuffer(data, np.uint8).reshape(len(items), H, W, 3)
+                    yield (torch.stack([self._prepare(Image.fromarray(img)) for img in images]),
+                           torch.tensor([i for _, i in items]))
 
 
 class Features:
@@ -391,7 +408,7 @@ class Features:
             if value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
                 raise UserError(f"{source.path}: {name + suffix} has shape {value.shape}, these features need {shape} "
                                 "and finite numbers: statistics of another network?")
-            setattr(features, name, torch.from_numpy(value).double().to(device))
+            setattr(features, name, torch.from_numpy(value.astype(np.float64)).to(device))
         for key, now in (("resize", resize), ("weights", digest)):
             then = str(source.statistics.get(key, now))
             if then != now:
@@ -428,6 +445,8 @@ def frechet(a, b):
         A = (vectors * values.clamp_min(0).sqrt()).T  # (D, D)
     root = torch.linalg.eigvalsh(A @ b.sigma @ A.T).clamp_min(0).sqrt().sum()
     distance = (a.mu - b.mu).square().sum() + a.sigma.trace() + b.sigma.trace() - 2 * root
+    if not distance.isfinite():
+        raise UserError("the Frechet distance is not finite: features or statistics too large to be true")
     return max(0.0, distance.item())  # equal sets: 0 up to the roots of rounding errors, about 1e-7
 
 
@@ -629,7 +648,9 @@ def evaluate(args, rank, world, device):
 
 def load_tokenizer(path, size, device):
     """(tokenizer in eval mode, image side: --size, else the one that it was trained at)."""
-    return Tokenizer.load(path).to(device), size or load_file(path).get("run", {}).get("size", 256)
+    content = load_file(path, "tokenizer")
+    with reading(path, "tokenizer"):
+        return Tokenizer.load(path, content).to(device), size or operator.index(content.get("run", {}).get("size", 256))
 
 
 @torch.inference_mode()
@@ -731,8 +752,8 @@ def parse(argv=None):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for file in filter(None, (args.save_stats, args.json)):  # before the work, not after it
-        if not os.access(Path(file).parent, os.W_OK):
-            raise UserError(f"cannot write {file}: no such folder, or not writable")
+        if not os.access(Path(file).parent, os.W_OK) or Path(file).is_dir():
+            raise UserError(f"cannot write {file}: no such folder, not writable, or itself a folder")
     if min(args.workers, args.seed) < 0:
         raise UserError("--workers and --seed must not be negative")
     return args

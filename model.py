@@ -11,11 +11,17 @@ DINOv2 has no stochastic depth, because nothing but the toy's stand-in trains it
 Legend: B batch, H W image sides, h w = H/16 W/16 latent sides, N tokens (h*w), D width, d latent channels,
 C channels of a convolution, K classes.
 """
+import contextlib
 import hashlib
+import http.client
 import math
 import os
+import pickle
 import re
+import shutil
 import urllib.request
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -29,29 +35,83 @@ class UserError(Exception):
     """A mistake that the user can mend; the scripts print it as one line and exit with status 1."""
 
 
+@contextlib.contextmanager
+def reading(path, what):
+    """Inside it, whatever goes wrong is the fault of the file's contents: a UserError of one line that names it."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise UserError(f"{path} is not a file" if os.path.exists(path) else f"{what} not found: {path}")
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # a damaged file can make anything of a decoder
+        kind = "" if isinstance(e, (ValueError, OSError)) and str(e) else f"{type(e).__name__} "  # says enough
+        reason = f"{kind}{e}".splitlines()[0].strip()[:200]
+        raise UserError(f"unreadable {what} {path} (damaged, or not what it should be): {reason}") from e
+
+
 def load_file(path, what="checkpoint"):
     """The dict in a .pt or .pth file, on the CPU. Only tensors, numbers and strings are read, never code.
 
-    Raises UserError, naming the file, where it is missing, damaged, or holds anything else."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{what} not found: {path}") from None
-    except Exception as e:  # zip, pickle and I/O errors alike: the file is not what it should be
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"{what} cannot be read (damaged, or not a file of tensors): {path} ({reason})") from e
-    if not isinstance(content, dict):
-        raise UserError(f"{what} holds no dict of tensors: {path}")
+    The file is a zip archive, whose CRCs torch.load leaves alone: they are checked first, so that a flipped bit is
+    noticed. Files from before PyTorch 1.6 (the official VGG16, Inception) are none and have no CRC; find_weights knows
+    their sha256. Raises UserError, naming the file, where it is missing, damaged, or holds anything else."""
+    with reading(path, what), open(path, "rb") as f, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of odd pickles
+        if zipfile.is_zipfile(f):
+            with zipfile.ZipFile(f) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                    raise ValueError("it would unpack to more than its size")  # torch.save does not compress
+                if damaged := archive.testzip():
+                    raise ValueError(f"the CRC of {damaged} differs")
+        f.seek(0)
+        try:
+            content = torch.load(f, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # torch's text advises to switch the protection off
+            raise ValueError("not only tensors, numbers and strings, and nothing else is ever loaded") from None
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+            raise ValueError("no dict of tensors")
     return content
 
 
 def load_strictly(module, state, path):
-    """module.load_state_dict(state), where a missing, unknown or misshapen key is an error that names the file."""
+    """module.load_state_dict(state), where a missing, unknown or misshapen tensor, or one that is not finite, is an
+    error that names the file."""
     try:
         module.load_state_dict(state)
-    except RuntimeError as e:
-        problems = [line.strip() for line in str(e).splitlines()[1:]]
+    except (RuntimeError, TypeError, AttributeError) as e:
+        problems = [line.strip() for line in str(e).splitlines()[1:]] or [str(e)]
         raise UserError(f"{path} does not fit {type(module).__name__}: {' '.join(problems)[:300]}") from None
+    odd = [name for name, own in module.state_dict().items()  # a sum is ten times faster than isfinite().all()
+           if own.is_floating_point() != state.get(name, own).is_floating_point()
+           or not own.is_meta and not own.sum().isfinite()]
+    if odd:
+        raise UserError(f"{path}: not finite, or of the wrong type: {', '.join(odd)[:300]}")
+
+
+def build(cls, arguments, state, path):
+    """cls(**arguments) with the weights `state`, both from the file `path`, which may be damaged or hostile: that they
+    fit each other is seen on the meta device, before any memory is taken."""
+    def check(arguments):
+        for name, value in arguments.items():
+            limit = 100 if name in ("depth", "num_res_blocks") else 2 ** 20  # modules cost time on the meta device too
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if len(numbers) > 16 or any(isinstance(number, int) and number > limit for number in numbers):
+                raise ValueError(f"its argument {name} is absurd")
+            if isinstance(value, dict):
+                check(value)
+
+    with reading(path, "checkpoint"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is copied to the meta device
+        check(arguments)
+        with torch.device("meta"):
+            skeleton = cls(**arguments)
+        load_strictly(skeleton, state, path)
+        if sum(tensor.nbytes for tensor in state.values()) > os.path.getsize(path):
+            raise ValueError("its tensors are larger than the file")  # views of a few numbers
+        module = cls(**arguments)
+    load_strictly(module, state, path)
+    return module
 
 
 def print_0(text):
@@ -81,14 +141,18 @@ def find_weights(url, digest, flag, file=None):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             print_0(f"downloading {url}")
-            urllib.request.urlretrieve(url, part)
-        except OSError as e:
-            part.unlink(missing_ok=True)
+            with urllib.request.urlopen(url, timeout=60) as source, open(part, "wb") as f:
+                shutil.copyfileobj(source, f)
+                if f.tell() < int(source.headers["Content-Length"] or 0):
+                    raise OSError("it ended early")
+            if not sha256(part).startswith(digest):
+                raise UserError(f"download of {url} is damaged (sha256 differs); fetch it by hand and pass {flag} FILE")
+            part.rename(path)
+        except (OSError, http.client.HTTPException) as e:
             raise UserError(f"missing weights {path.name}: get {url}, pass it as {flag} FILE (download: {e})") from None
-        if not sha256(part).startswith(digest):
-            part.unlink()
-            raise UserError(f"download of {url} is damaged (sha256 differs); fetch it by hand and pass {flag} FILE")
-        part.rename(path)
+        finally:
+            if part.exists():  # whatever stopped it, Ctrl-C too
+                part.unlink()
     found = sha256(path)
     if not found.startswith(digest):
         raise UserError(f"{path} is damaged (its sha256 is {found}, not {digest}): delete it, or pass {flag} FILE")
@@ -186,6 +250,8 @@ class DINOv2(nn.Module):
 
     def __init__(self, dim, depth, swiglu=False, registers=0, grid=37):
         super().__init__()
+        if dim % 64:
+            raise ValueError(f"width {dim} is not divisible by 64, the width of a head")
         self.dim, self.grid = dim, grid
         self.checkpointing = False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -293,18 +359,17 @@ def load_encoder(spec):
         print_0(f"encoder {path}: sha256 {sha256(path)}")
     else:
         raise UserError(f"--encoder {spec}: neither a file nor one of {', '.join(list(ENCODERS)[1:])} (and _reg4)")
-    state = encoder_state(load_file(path, "encoder"))
+    content = load_file(path, "encoder")
     try:
+        state = encoder_state(content)
         found = encoder_arguments(state)
-    except (KeyError, ValueError, IndexError):
+    except (KeyError, ValueError, IndexError, AttributeError):
         raise UserError(f"{path} is no DINOv2: cls_token, pos_embed or blocks.* missing") from None
     if found["dim"] % 64 or found["depth"] > 100:
         raise UserError(f"{path} is no DINOv2: width {found['dim']}, depth {found['depth']}")
     if arguments is not None and found != {"swiglu": False, "grid": 37} | arguments:
         raise UserError(f"{path} is not a {name}: found {found}")
-    encoder = DINOv2(**found)
-    load_strictly(encoder, state, path)
-    return encoder, found
+    return build(DINOv2, found, state, path), found
 
 
 # ----------------------------------------------------------------------------------------------------------- adapter
@@ -531,22 +596,23 @@ class Tokenizer(LatentSpace):
         self.decoder = Decoder(d=d, **decoder).to(memory_format=torch.channels_last)
 
     @staticmethod
-    def load(path):
+    def load(path, content=None):
         """The tokenizer in a checkpoint of train_tokenizer.py, or an official VA-VAE's (without statistics: they are
-        another file), on the CPU, in eval mode; needs nothing but the file."""
-        content = load_file(path, "tokenizer")
+        another file), on the CPU, in eval mode; needs nothing but the file.
+
+        content: what load_file has read from it, if that has been done."""
+        content = content or load_file(path, "tokenizer")
         if "opt_g" in content:
             raise UserError(f"{path} is a checkpoint to resume from, without EMA and statistics: take the stage's "
                             "final one")
-        official = content.get("state_dict", content)
-        if "encoder.conv_in.weight" in official:
-            return VAE.from_official(official, path)
-        if not {"tokenizer", "arguments"} <= content.keys():
-            raise UserError(f"{path} is not a tokenizer's checkpoint (expected runs/tokenizer/stage3.pt or like it)")
-        kind = Tokenizer if "encoder" in content["arguments"] else VAE
-        tokenizer = kind(**content["arguments"])
-        load_strictly(tokenizer, content["tokenizer"], path)
-        return tokenizer.eval()
+        with reading(path, "tokenizer"):
+            official = content.get("state_dict", content)
+            if "encoder.conv_in.weight" in official:
+                return VAE.from_official(official, path)
+            if not {"tokenizer", "arguments"} <= content.keys():
+                raise UserError(f"{path} is not a tokenizer's checkpoint (expected runs/tokenizer/stage3.pt or like it)")
+            kind = Tokenizer if "encoder" in content["arguments"] else VAE
+            return build(kind, content["arguments"], content["tokenizer"], path).eval()
 
     def features(self, x):
         """E_p(x): patch tokens (B, N, D) before the adapter."""
@@ -598,9 +664,9 @@ class VAE(LatentSpace):
         widths = [state[k].shape[0] for k in first if ".block.0." in k]
         ch = state["encoder.conv_in.weight"].shape[0]
         decoder = {"ch": ch, "ch_mult": [w // ch for w in widths], "num_res_blocks": len(first) // len(widths)}
-        vae = cls(decoder, d=state["decoder.conv_in.weight"].shape[1])
-        load_strictly(vae, state | {k: v for k, v in vae.state_dict().items() if k.startswith("latent_")}, path)
-        return vae.eval()
+        d = state["decoder.conv_in.weight"].shape[1]
+        state |= {"latent_mean": torch.zeros(d), "latent_std": torch.zeros(d)}  # not yet known
+        return build(cls, {"decoder": decoder, "d": d}, state, path).eval()
 
     def features(self, x):
         """Mean and log-variance of z, as tokens (B, N, 2d)."""
@@ -744,8 +810,11 @@ class LightningDiT(nn.Module):
         super().__init__()
         self.arguments = {"dim": dim, "depth": depth, "heads": heads, "d": d, "num_classes": num_classes,
                           "grid": list(grid), "patch": patch, "qk_norm": qk_norm}  # what rebuilds the model
+        if dim % (4 * heads):
+            raise ValueError(f"width {dim} is not divisible by 4 times its {heads} heads, as RoPE needs it")
         self.dim, self.heads, self.d, self.num_classes, self.patch = dim, heads, d, num_classes, patch
-        self.grid = (grid[0] // patch, grid[1] // patch)  # in tokens
+        h, w = grid
+        self.grid = (h // patch, w // patch)  # in tokens
         self.checkpointing = False
         self.x_embedder = PatchEmbed(patch, d, dim)
         self.t_embedder = TimeEmbedder(dim)

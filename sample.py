@@ -29,7 +29,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from model import LightningDiT, Tokenizer, UserError, dit_arguments, load_file, load_strictly, print_0, sha256
+from model import LightningDiT, Tokenizer, UserError, build, dit_arguments, load_file, print_0, reading, sha256
 from train_tokenizer import (
     Parser,
     autocast_dtype,
@@ -159,12 +159,8 @@ def load_dit(path):
     state = content.get("ema")
     if not isinstance(state, dict) or "x_embedder.proj.weight" not in state:
         raise UserError(f"{path} is no checkpoint of a LightningDiT: no weights under \"ema\"")
-    try:
-        model = LightningDiT(**content.get("arguments") or dit_arguments(state))
-    except (KeyError, ValueError, IndexError):
-        raise UserError(f"{path} is no checkpoint of a LightningDiT: names or shapes are missing") from None
-    load_strictly(model, state, path)
-    return model.eval(), content
+    with reading(path, "checkpoint of a LightningDiT"):
+        return build(LightningDiT, content.get("arguments") or dit_arguments(state), state, path).eval(), content
 
 
 class Rows:
@@ -301,7 +297,10 @@ def write_pngs(folder, draw, num, batch_size, about, overwrite, rank, world):
             raise UserError(f"cannot write to --out {folder}: {e.strerror}") from None
         old = sorted(folder.glob("*.png"))
         about = json.loads(json.dumps(about))  # as it will be read back
-        then = json.loads(note.read_text()) if note.exists() else {}
+        then = {}
+        if note.exists():
+            with reading(note, "record of what was sampled"):
+                then = dict(json.loads(note.read_text()))
         if overwrite and then != about:
             for path in old:
                 path.unlink()
@@ -375,15 +374,18 @@ def main(argv=None):
     model, content = load_dit(path)
     tokenizer = load_tokenizer(args.tokenizer, model.d)
     if "run" in content:  # a checkpoint of train_dit.py says which latents it was trained on
-        if content["run"]["tokenizer"] != tokenizer.fingerprint():
-            raise UserError(f"{path} was trained on the latents of another tokenizer ({content['run']['tokenizer']}) "
-                            f"than {args.tokenizer} ({tokenizer.fingerprint()})")
+        with reading(path, "generator"):
+            its = content["run"]["tokenizer"]
+        if its != tokenizer.fingerprint():
+            raise UserError(f"{path} was trained on the latents of another tokenizer ({its}) than {args.tokenizer} "
+                            f"({tokenizer.fingerprint()})")
     elif args.time is None:
         raise UserError(f"{path} is an official checkpoint: say which way its time runs, --time lightning or paper")
     if args.latent_stats:
         stats = load_file(args.latent_stats, "latent statistics")
-        if not all(isinstance(stats.get(k), torch.Tensor) and stats[k].numel() == tokenizer.d for k in ("mean", "std")):
-            raise UserError(f"{args.latent_stats} does not hold mean and std of {tokenizer.d} channels")
+        if not all(isinstance(stats.get(k), torch.Tensor) and stats[k].numel() == tokenizer.d
+                   and stats[k].is_floating_point() and stats[k].isfinite().all() for k in ("mean", "std")):
+            raise UserError(f"{args.latent_stats} does not hold mean and std of {tokenizer.d} channels, finite numbers")
         tokenizer.latent_mean.copy_(stats["mean"].flatten())
         tokenizer.latent_std.copy_(stats["std"].flatten())
     model.to(device)

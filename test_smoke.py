@@ -4,21 +4,30 @@ Every part against a closed form, a hand value or an independent computation; ev
 `python test_smoke.py NAME ...` runs the tests whose names contain one of the words.
 """
 import atexit
+import collections
 import contextlib
 import copy
 import csv
+import errno
 import functools
+import http.client
 import io
 import json
 import math
 import operator
 import os
+import pickle
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
+import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,10 +57,12 @@ from model import (
     Tokenizer,
     UserError,
     dit_arguments,
+    find_weights,
     load_encoder,
     load_file,
     rope_tables,
     rotate,
+    sha256,
     sincos_embedding,
 )
 from train_tokenizer import Shapes, save_checkpoint, to_uint8
@@ -833,7 +844,7 @@ def test_fid_commands():
         assert "(10,)" in fid_error(root / "dims.npz", b, *features, "--metrics", "fid")
         assert "--metrics kid" in fid_error(root / "dims.npz", b, *features, "--metrics", "kid")
         np.savez(root / "pickle.npz", arr_0=np.array([{}], dtype=object))
-        assert "uint8" in fid_error(root / "pickle.npz", b)
+        assert "object" in fid_error(root / "pickle.npz", b)
         assert "pretrained.pth" in fid_error(a, b, "--inception", root / "pretrained.pth")
         assert "does not fit Inception" in fid_error(a, b, "--inception", toy)
         assert "--metrics nonsense" in fid_error(a, b, "--metrics", "nonsense")
@@ -875,6 +886,400 @@ def test_fid_of_a_tokenizer():
         assert 0 <= probe <= 100
         assert figures("--probe", path, root / "a", root / "a", "--tokens")
         assert "class folders" in fid_error("--probe", path, root / "a" / "class0", root / "a")
+
+
+# ------------------------------------------------------------------------------------------------------ hostile files
+
+class Code:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def flip(data, bit):
+    return data[:bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1:]
+
+
+def picture(form, **options):
+    """The bytes of a small image file."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)).save(file, form, **options)
+    return file.getvalue()
+
+
+def png_of(width, height, pixels=b"", chunk=b""):
+    """A PNG file by hand: its header may claim anything."""
+    def part(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + part(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk
+            + part(b"IDAT", zlib.compress(pixels)) + part(b"IEND", b""))
+
+
+def test_hostile_checkpoints():
+    tokenizer = small_tokenizer()
+    content = {"arguments": tokenizer.arguments, "tokenizer": tokenizer.state_dict()}
+
+    def with_arguments(**changed):
+        return content | {"arguments": content["arguments"] | changed}
+
+    def with_tensor(tensor, name="adapter.fc1.weight"):
+        return content | {"tokenizer": content["tokenizer"] | {name: tensor}}
+
+    with folder() as d:
+        (d / "code.pt").write_bytes(pickle.dumps({"tokenizer": Code(d / "made")}))
+        torch.save({"tokenizer": Code(d / "made")}, d / "zipped.pt")
+        for name in ("code.pt", "zipped.pt"):
+            with refused(name, "nothing else is ever loaded"):
+                load_file(d / name)
+        assert not (d / "made").exists()
+        pickle.loads((d / "code.pt").read_bytes())
+        assert (d / "made").exists(), "the code would have run"
+
+        torch.save(content, d / "good.pt")
+        good = (d / "good.pt").read_bytes()
+        inside = good.find(content["tokenizer"]["adapter.fc1.weight"].numpy().tobytes())
+        with zipfile.ZipFile(d / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+            bomb.writestr("a/data/0", bytes(10 ** 6))
+        for name, data, word in (("flipped", flip(good, 8 * inside), "CRC of good/data/"), ("cut", good[:-1], "cut"),
+                                 ("half", good[:len(good) // 2], "half"), ("empty", b"", "empty"),
+                                 ("picture", picture("PNG"), "picture"),
+                                 ("bomb", (d / "bomb.pt").read_bytes(), "more than its size")):
+            (d / f"{name}.pt").write_bytes(data)
+            with refused(f"{name}.pt", word):
+                Tokenizer.load(d / f"{name}.pt")
+        os.mkfifo(d / "pipe.pt")
+        for name in (".", "pipe.pt"):
+            with refused("is not a file"):
+                Tokenizer.load(d / name)
+
+        views = {f"adapter.{name}": torch.zeros(1).expand(shape) for name, shape in (
+            ("fc1.weight", (2 ** 20, 64)), ("fc1.bias", (2 ** 20,)), ("fc2.weight", (8, 2 ** 20)))}
+        for word, wrong in {
+            "dict": [1, 2], "not a tokenizer": {"tokenizer": content["tokenizer"]},
+            "resume from": content | {"opt_g": {}}, "'list'": content | {"arguments": [1]},
+            "argument depth": with_arguments(encoder={"dim": 64, "depth": 10 ** 9, "grid": 4}),
+            "argument grid": with_arguments(encoder={"dim": 64, "depth": 1, "grid": 10 ** 9}),
+            "argument ch_mult": with_arguments(decoder={"ch": 32, "ch_mult": [1] * 10 ** 5, "num_res_blocks": 1}),
+            "argument num_res_blocks": with_arguments(decoder={"ch": 32, "ch_mult": [1], "num_res_blocks": 10 ** 9}),
+            "TypeError": with_arguments(encoder={"dim": "64", "depth": 1}), "unexpected keyword": with_arguments(x=1),
+            "width 32": with_arguments(encoder={"dim": 32, "depth": 1}), "latent_mean": with_arguments(d=9),
+            "size mismatch": with_tensor(torch.zeros(3)), "adapter.fc1.weight": with_tensor("text"),
+            "not finite": with_tensor(torch.full((64, 64), math.nan)),
+            "wrong type": with_tensor(torch.zeros(64, 64, dtype=torch.int64)),
+            "larger than the file": {"arguments": content["arguments"] | {"hidden": 2 ** 20},
+                                     "tokenizer": content["tokenizer"] | views}, "NoneType": content | {"tokenizer": None},
+        }.items():
+            torch.save(wrong, d / "wrong.pt")
+            with refused("wrong.pt", word):
+                Tokenizer.load(d / "wrong.pt")
+        dit = LightningDiT(dim=32, depth=1, heads=2, d=8, num_classes=3, grid=(2, 2))
+        for changed in ({"depth": 10 ** 9}, {"heads": 3}, {"heads": 0}, {"grid": [2, 2, 2]}, {"grid": 2 ** 40}):
+            torch.save({"ema": dit.state_dict(), "arguments": dit.arguments | changed}, d / "wrong.pt")
+            with refused("wrong.pt"):
+                sample.load_dit(d / "wrong.pt")
+        state = tokenizer.encoder.state_dict()
+        for wrong in ({"teacher": [1]}, state | {"blocks.999999999.norm1.weight": torch.zeros(64)},
+                      state | {"cls_token": 1}, state | {"pos_embed": torch.zeros(1).expand(1, 2 ** 40, 64)}):
+            torch.save(wrong, d / "wrong.pt")
+            with refused("wrong.pt"):
+                load_encoder(str(d / "wrong.pt"))
+
+
+def slow_hostile_stage_files(most=None):
+    """What a stage starts from, and what it resumes from, with one part wrong."""
+    run, flags = small_run(), [*SMALL, "--stage", "2", "--steps", "3"]
+    with folder() as d:
+        good = load_file(run / "stage1.pt")
+        for part, wrong in (("opt_d", {}), ("run", [1]), ("total_steps", "2"), ("stage", None), ("discriminator", {}),
+                            ("arguments", {}))[:most]:
+            torch.save(good | {part: wrong}, d / "wrong.pt")
+            with refused("wrong.pt"):
+                tt.main([*flags, "--out", str(d / part), "--init", str(d / "wrong.pt")])
+        good = load_file(run / "stage2_step00000002.pt")
+        moments = copy.deepcopy(good["opt_g"])
+        moments["state"][0]["exp_avg"] = torch.zeros(1)
+        for part, wrong in (("opt_g", moments), ("rng", [1]), ("meter", None), ("step", "2"), ("ema", {}))[:most]:
+            (d / f"resume-{part}").mkdir()
+            torch.save(good | {part: wrong}, d / f"resume-{part}" / "stage2_step00000002.pt")
+            with refused("stage2_step00000002.pt"):
+                tt.main([*flags, "--out", str(d / f"resume-{part}"), "--init", str(run / "stage1.pt")])
+
+
+def test_hostile_stage_files():
+    slow_hostile_stage_files(1)
+
+
+def read_npz(path):
+    """All that fid.py reads of an npz."""
+    source = fid.Source(path)
+    args = SimpleNamespace(batch_size=4, workers=0)
+    images = [x for x, _ in source.read(args, 0, 1, torch.device("cpu"))] if source.n else []
+    return {k: v.tolist() for k, v in source.statistics.items()}, source.n, [x.tolist() for x in images]
+
+
+def test_hostile_npz():
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    statistics = {"mu": np.arange(4.0), "sigma": np.eye(4), "n": 7}
+
+    def header(**changed):
+        return npy(**({"descr": "|u1", "fortran_order": False, "shape": (6, 8, 8, 3)} | changed), data=images.tobytes())
+
+    def npy(data, **about):
+        file = io.BytesIO()
+        np.lib.format.write_array_header_1_0(file, about)
+        return file.getvalue() + data
+
+    with folder() as d:
+        path = d / "a.npz"
+        for save in (np.savez, np.savez_compressed):
+            save(path, arr_0=images, **statistics)
+            good, data = read_npz(path), path.read_bytes()
+            assert good[1] == 6 and good[0]["n"] == 7 and np.array_equal(
+                np.concatenate(good[2]).transpose(0, 2, 3, 1), images)
+            with zipfile.ZipFile(path) as z:
+                ends = [entry.header_offset + 30 + sum(struct.unpack_from("<HH", data, entry.header_offset + 26))
+                        + entry.compress_size for entry in z.infolist()]
+            noticed = 0
+            for bit in (8 * end - k for end in ends for k in range(1, 17)):  # each entry's last bytes
+                path.write_bytes(flip(data, bit))
+                try:
+                    assert read_npz(path) == good  # a compressed entry may end in bits that mean nothing
+                except UserError:
+                    noticed += 1
+            assert noticed == 64 if save is np.savez else noticed > 16
+            path.write_bytes(data[:-1])
+            with refused("a.npz"):
+                read_npz(path)
+        for entries in ({"arr_0": header(shape=(6, 10 ** 6, 10 ** 6, 3))}, {"arr_0": header(shape=(10 ** 12, 8, 8, 3))},
+                        {"arr_0": header(shape=(-6, 8, 8, 3))}, {"arr_0": header(descr="|O")}, {"arr_0": b""},
+                        {"arr_0": header(shape=(6, 8, 24))}, {"arr_0": header(descr="|V999999999")},
+                        {"mu": header(), "sigma": pickle.dumps(Code(d / "made"))}, {"mu": b"", "sigma": b""},
+                        {"mu": npy(bytes(8), descr="<f8", fortran_order=False, shape=(10 ** 15,)), "sigma": header()}):
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+                for name, data in entries.items():
+                    z.writestr(f"{name}.npy", data)
+            with refused("a.npz"):
+                read_npz(path)
+        assert not (d / "made").exists()
+        for wrong in ({"n": "many"}, {"n": [7, 7]}, {"n": 1}, {"sigma": np.array([{}])}):
+            np.savez(path, **(statistics | wrong))
+            with refused("a.npz"):
+                read_npz(path)
+        huge = gaussian([0.] * 2, np.eye(2) * 1e308)
+        with refused("not finite"):
+            fid.frechet(huge, huge)
+
+
+def test_hostile_cache():
+    """latents.npy: cut, longer, of another shape or type, or not an array at all."""
+    tokenizer, data = small_tokenizer(), Shapes(n=4, size=32)
+    args = SimpleNamespace(size=32, overwrite=False, encode_batch=4, workers=0)
+    with folder() as d:
+        path = d / "latents.npy"
+        train_dit.cached_latents(path, tokenizer, data, args, torch.device("cpu"))
+        good = path.read_bytes()
+        forms = {name: io.BytesIO() for name in ("type", "shape")}
+        np.save(forms["type"], np.load(path).astype(np.float32))
+        np.save(forms["shape"], np.load(path)[:3])
+        for wrong in (good[:-1], good[:99], b"", good + b"\0", picture("PNG"), *(f.getvalue() for f in forms.values())):
+            path.write_bytes(wrong)
+            with refused("latents.npy", "delete it"):
+                train_dit.cached_latents(path, tokenizer, data, args, torch.device("cpu"))
+
+
+def test_hostile_images():
+    """Bombs are refused by name before their pixels take memory; a damaged end is seen; the name tells nothing."""
+    jpeg, png = picture("JPEG"), picture("PNG")
+    at = jpeg.find(b"\xff\xc0") + 5
+    tall = jpeg[:at] + struct.pack(">HH", 60000, 60000) + jpeg[at + 4:]
+    wide = jpeg[:at] + struct.pack(">HH", 9500, 9500) + jpeg[at + 4:]  # 90 megapixels, of which PIL only warns
+    text = b"zTXt" + b"a\0\0" + zlib.compress(bytes(10 ** 7))
+    text = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    loaded = {}
+    with folder() as d:
+        def load(data, name="a file, with-commas.png"):
+            (d / name).write_bytes(data)
+            return np.array(tt.load_image(d / name))
+
+        for form in (jpeg, png):
+            loaded[form] = load(form)
+            assert loaded[form].shape == (24, 32, 3)
+            assert np.array_equal(load(form, "a.gif"), loaded[form]) and load(form, "b\udcff.jpg").any()
+            assert np.array_equal(load(form + b"\0trailing"), loaded[form])  # as some of ImageNet have it
+        cuts = [form[:-cut] for form in (jpeg, png) for cut in range(1, 20)]
+        for half_an_end in [picture("JPEG", quality=q)[:-1] for q in range(60, 90)] + cuts:  # PIL alone takes a few
+            with refused(", with-commas.png"):
+                load(half_an_end)
+        damaged = [flip(png, 8 * i + i % 8) for i in range(len(png) - 40, len(png))]
+        for data in (tall, wide, png_of(60000, 60000), png_of(10 ** 4, 9 * 10 ** 3), png_of(1, 101, bytes(404)),
+                     png_of(0, 5), png_of(4, 4, bytes(52), chunk=text), b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", *damaged):
+            with warnings.catch_warnings(record=True) as said, refused(", with-commas.png"):
+                load(data)
+            assert not said
+        assert load(png_of(1, 100, bytes(400))).shape == (100, 1, 3)
+        assert tt.center_crop(tt.load_image(d / "a file, with-commas.png"), 64).size == (64, 64)
+        for exif in (b"garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 50,
+                     b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0\0\0\0\0"):
+            assert np.array_equal(load(picture("JPEG", exif=exif)), loaded[jpeg])
+        assert np.array_equal(load(picture("PNG", exif=b"Exif\0\0garbage!")), loaded[png])
+        frames = [Image.new("L", (8, 8), i) for i in range(50)]
+        frames[7].save(d / "a.gif", save_all=True, append_images=frames)
+        assert (np.array(tt.load_image(d / "a.gif")) == 7).all()
+        os.mkfifo(d / "pipe.png")
+        with refused("pipe.png is not a file"):
+            tt.load_image(d / "pipe.png")
+
+
+def test_odd_folders():
+    with folder() as d:
+        for name in ("naïve 类", "b\udcff, c"):  # the second is not UTF-8
+            (d / name).mkdir()
+            (d / name / "1.png").write_bytes(picture("PNG"))
+        data = tt.Folder(d)
+        assert data.classes == ["b\udcff, c", "naïve 类"] and len(data.identity) == 16
+        assert len(tt.View(data, 16)[0, 0][0]) == 3
+        (d / "loop").symlink_to(d)
+        with refused("loop is a link to a folder that it lies in"):
+            tt.list_images(d)
+        (d / "loop").unlink()
+        original = os.scandir
+
+        def closed(path):  # root may list everything: what others meet
+            if str(path).endswith("类"):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return original(path)
+
+        os.scandir = closed
+        try:
+            with refused("cannot list", "类"):
+                tt.list_images(d)
+        finally:
+            os.scandir = original
+
+
+def test_downloads():
+    """Only a whole file with the right sha256 gets the name; nothing else is left."""
+    def hub():
+        return sorted(p.name for p in (d / "checkpoints").iterdir())
+
+    with folder() as d:
+        original, torch.hub.get_dir = torch.hub.get_dir, lambda: str(d)
+        copy_of = shutil.copyfileobj
+        try:
+            (d / "weights.pth").write_bytes(b"weights" * 1000)
+            url = (d / "weights.pth").as_uri()
+            with refused("sha256 differs"):
+                find_weights(url, "0" * 64, "--flag")
+            assert hub() == []
+            for stop in (http.client.IncompleteRead(b""), ConnectionResetError("reset"), KeyboardInterrupt()):
+                def interrupted(source, f, stop=stop):
+                    f.write(source.read(100))
+                    raise stop
+                shutil.copyfileobj = interrupted
+                with contextlib.suppress(KeyboardInterrupt), refused("missing weights", "--flag"):
+                    find_weights(url, "", "--flag")
+                assert hub() == []
+            shutil.copyfileobj = lambda source, f: f.write(source.read(100))  # the line goes dead, without an error
+            with refused("it ended early"):
+                find_weights(url, "", "--flag")
+            shutil.copyfileobj = copy_of
+            digest = sha256(d / "weights.pth")
+            assert find_weights(url, digest, "--flag").read_bytes() == b"weights" * 1000 and hub() == ["weights.pth"]
+            (d / "checkpoints" / "weights.pth").write_bytes(b"damaged")
+            with refused("is damaged"):
+                find_weights(url, digest, "--flag")
+            with refused("missing weights"):
+                find_weights((d / "nothing.pth").as_uri(), "", "--flag")
+        finally:
+            torch.hub.get_dir, shutil.copyfileobj = original, copy_of
+
+
+class Fatal:
+    """Data whose second image kills the process that loads it, as a lack of memory does."""
+    labels = None
+
+    def image(self, i):
+        if i == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Image.new("RGB", (32, 32))
+
+
+def test_dead_worker():
+    def main():
+        list(tt.batches(tt.View(Fatal(), 32), tt.in_order(4, 1), 1, torch.device("cpu")))
+
+    try:
+        tt.run(main)
+    except SystemExit as e:
+        assert e.code.startswith("error: a process that loads images has died") and "\n" not in e.code, e.code
+    else:
+        raise AssertionError("no error")
+
+
+class TooLong(BaseException):
+    """Not an Exception: nothing on the way may take it for a damaged file."""
+
+
+def slow_fuzz_of_files(files=500, seconds=20):
+    """Damaged files of four kinds: each is one line of error, or handled, in time. A cut is always noticed; a flipped
+    bit of a checkpoint, an npz or a PNG is noticed, or has changed nothing; a JPEG's may be a slightly other image."""
+    def late(*_):
+        raise TooLong
+
+    def read_checkpoint(path):
+        return [tensor.tolist() for tensor in Tokenizer.load(path).state_dict().values()]
+
+    def read_image(path):
+        return np.array(tt.center_crop(tt.load_image(path), 16)).tolist()
+
+    r, counts = np.random.default_rng(0), collections.Counter()
+    with folder() as d:
+        save_tokenizer(small_tokenizer(), d / "a.pt")
+        np.savez_compressed(d / "a.npz", arr_0=r.integers(0, 256, (6, 8, 8, 3), np.uint8), mu=np.arange(4.0),
+                            sigma=np.eye(4))
+        (d / "a.jpg").write_bytes(picture("JPEG"))
+        (d / "a.png").write_bytes(picture("PNG"))
+        readers = {"jpg": read_image, "png": read_image, "npz": read_npz, "pt": read_checkpoint}
+        whole = {kind: (d / f"a.{kind}").read_bytes() for kind in readers}
+        content = {kind: read(d / f"a.{kind}") for kind, read in readers.items()}
+        before = signal.signal(signal.SIGALRM, late)
+        try:
+            for k in range(files):
+                kind, damage = list(readers)[k % 4], ("flipped", "cut", "flipped", "cut", "renamed")[k // 4 % 5]
+                size, true = len(whole[kind]), kind
+                # half of the places in the headers or at the end, where the formats differ, half anywhere
+                place = int(r.choice([r.integers(min(size, 400)), size - 1 - r.integers(min(size, 400)),
+                                      *r.integers(size, size=2)]))
+                data = flip(whole[kind], 8 * place + int(r.integers(8))) if damage == "flipped" else whole[kind][:place]
+                if damage == "renamed":
+                    true = r.choice([other for other in readers if other != kind])
+                    data = whole[true]
+                path = d / f"damaged.{kind}"
+                path.write_bytes(data)
+                signal.alarm(seconds)
+                try:
+                    found = readers[kind](path)
+                except UserError as e:
+                    assert "\n" not in str(e) and path.name in str(e), e
+                    counts[kind, damage, "refused"] += 1
+                    assert {kind, true} != {"jpg", "png"}, "images are known by their content"
+                else:
+                    counts[kind, damage, "handled"] += 1
+                    assert damage != "cut", (kind, place, size)
+                    assert found == content[true] or (kind, damage) == ("jpg", "flipped"), (kind, damage, place)
+                finally:
+                    signal.alarm(0)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+    print(", ".join(f"{' '.join(key)} {n}" for key, n in sorted(counts.items())))
+
+
+def test_fuzz():
+    slow_fuzz_of_files(40)
 
 
 # ------------------------------------------------------------------------------- LightningDiT, train_dit.py, sample.py
@@ -1214,6 +1619,9 @@ def test_sample_files():
         for out in ("s.npz", "pngs"):
             with refused("seed 0 -> 1"):
                 sample.main([*ours, "--out", str(d / out), "--seed", "1"])
+        (d / "pngs" / "sampling.json").write_text('{"seed": 0')
+        with refused("sampling.json"):
+            sample.main([*ours, "--out", str(d / "pngs")])
 
 
 def test_sample_errors():

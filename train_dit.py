@@ -20,6 +20,8 @@ Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 import argparse
 import copy
 import hashlib
+import operator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import losses
-from model import DITS, LightningDiT, UserError, print_0
+from model import DITS, LightningDiT, UserError, load_strictly, print_0, reading
 from sample import Rows, choose_labels, generate, grid_rows, load_tokenizer, time_grid
 from train_tokenizer import (
     Meter,
@@ -39,6 +41,7 @@ from train_tokenizer import (
     batches,
     center_crop,
     check_weights,
+    load_optimiser,
     no_sync,
     open_data,
     rng,
@@ -95,7 +98,14 @@ def cached_latents(path, tokenizer, data, args, device):
                 raise UserError(f"a latent of images {indices[0]} to {indices[-1]} is not finite in fp16")
             rows.write(indices, z.unflatten(0, (-1, 2)).half().cpu().numpy())
         rows.finish()
-    return np.load(path, mmap_mode="r")
+    # No checksum: reading ImageNet's 39 GiB first would cost minutes; a flipped bit is one latent with a wrong value
+    with reading(path, "cache of latents (delete it, and it is made anew)"):
+        latents = np.load(path, mmap_mode="r")
+        if (latents.shape, latents.dtype) != ((n, 2, tokenizer.d, side, side), np.float16):
+            raise ValueError(f"it holds {latents.dtype} {latents.shape}")
+        if Path(path).stat().st_size != latents.offset + latents.nbytes:
+            raise ValueError("bytes follow its end")
+    return latents
 
 
 class FlowData(Dataset):
@@ -187,12 +197,14 @@ def train(args, run_, rank, world, device):
 
     saved = run_.resume(prefix, same)
     if saved:
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        opt.load_state_dict(saved["opt"])
-        meter.load(saved["meter"])
-        step = saved["step"]
-        torch.set_rng_state(saved["rng"][rank % len(saved["rng"])])
+        path = run_.last_good(prefix)
+        with reading(path, "checkpoint"):
+            load_strictly(model, saved["model"], path)
+            load_strictly(ema, saved["ema"], path)
+            load_optimiser(opt, saved["opt"])
+            meter.load(saved["meter"])
+            step = operator.index(saved["step"])
+            torch.set_rng_state(saved["rng"][rank % len(saved["rng"])])
         if step > args.steps:
             raise UserError(f"{run_.last_good(prefix)} is already at step {step}; --steps {args.steps} is behind it")
     run_.rewind_log(step // args.log_every * args.log_every)  # the meter still holds what came after

@@ -27,10 +27,13 @@ import copy
 import csv
 import fcntl
 import hashlib
+import operator
 import os
 import signal
+import struct
 import sys
 import time
+import warnings
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -54,11 +57,13 @@ from model import (
     DINOv2,
     Tokenizer,
     UserError,
+    build,
     find_weights,
     load_encoder,
     load_file,
     load_strictly,
     print_0,
+    reading,
 )
 
 # What trains, whether the frozen stage-1 copy is the reference of L_sp, whether the result is the EMA of the weights.
@@ -90,19 +95,44 @@ def rng(*key):
     return np.random.default_rng([k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key])
 
 
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # by content, whatever the name; no PostScript
+MAX_ASPECT = 100  # 1 x 5000 px would become 256 x 1,280,000
+
+
+def check_png(path):
+    """Every chunk's CRC up to the end, IEND. PIL leaves out those of the pixels, and stops when it has all pixels."""
+    with open(path, "rb") as f:
+        f.seek(8)
+        kind = b""
+        while kind != b"IEND":
+            length, kind = struct.unpack(">I4s", f.read(8))
+            if zlib.crc32(f.read(length), zlib.crc32(kind)) != int.from_bytes(f.read(4)):
+                raise OSError("truncated, or a chunk's CRC differs")
+
+
 def load_image(path):
-    """Any image file -> PIL RGB: EXIF orientation applied, transparency on white, 16-bit grey scaled to 8."""
-    try:
-        with Image.open(path) as img:
-            img = ImageOps.exif_transpose(img)
+    """Any image file -> PIL RGB: EXIF orientation applied, transparency on white, 16-bit grey scaled to 8; the first
+    frame of several. Raises UserError, naming the file, where it is damaged, has more than 89 megapixels (PIL's limit,
+    of which PIL itself only warns), or is more than 100 times as long as wide."""
+    with reading(path, "image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # before the pixels take memory
+        with Image.open(path, formats=IMAGE_FORMATS) as img:
+            if max(img.size) > MAX_ASPECT * min(img.size):
+                raise ValueError(f"{img.width}x{img.height}, more than {MAX_ASPECT} times as long as wide")
+            if img.format == "PNG":
+                check_png(path)
+            elif img.format == "JPEG" and b"\xff\xd9" not in img.fp.read():  # PIL has read up to the scan
+                raise OSError("truncated: it has no end")  # of which libjpeg alone does not always complain
+            img.load()
+            with contextlib.suppress(Exception):  # rubbish in place of EXIF tells no orientation
+                img = ImageOps.exif_transpose(img)
             if img.mode.startswith("I") or img.mode == "F":  # 16 bits in all files that are seen in practice
                 img = Image.fromarray((np.asarray(img, np.float32) / 257).clip(0, 255).astype(np.uint8))
             if img.has_transparency_data:
                 img = img.convert("RGBA")
                 img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
             return img.convert("RGB")
-    except Exception as e:  # whatever a broken file makes of PIL's decoders
-        raise UserError(f"unreadable image {path}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
 
 
 def resize_short_side(img, size):
@@ -153,8 +183,17 @@ def list_images(root):
     """All image files below a folder, sorted by name."""
     if not Path(root).is_dir():
         raise UserError(f"data folder not found: {root} (--data DIR: images in one folder per class, or flat)")
-    files = sorted(os.path.join(d, f) for d, _, names in os.walk(root, followlinks=True) for f in names
-                   if os.path.splitext(f)[1].lower() in IMAGE_TYPES and not f.startswith("."))
+
+    def refuse(error):  # os.walk would leave such a folder out
+        raise UserError(f"cannot list the data folder {error.filename}: {error.strerror}")
+
+    files = []
+    for d, _, names in os.walk(root, followlinks=True, onerror=refuse):
+        if os.path.islink(d) and Path(d).parent.resolve().is_relative_to(Path(d).resolve()):
+            raise UserError(f"{d} is a link to a folder that it lies in")
+        files += [os.path.join(d, f) for f in names
+                  if os.path.splitext(f)[1].lower() in IMAGE_TYPES and not f.startswith(".")]
+    files.sort()
     if not files:
         raise UserError(f"no images in {root} (looked for {' '.join(sorted(IMAGE_TYPES))})")
     return files
@@ -169,7 +208,8 @@ class Folder:
         self.classes = sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = [index[p[0]] for p in parts] if self.classes else None
-        self.identity = hashlib.sha256("\n".join("/".join(p) for p in parts).encode()).hexdigest()[:16]
+        names = "\n".join("/".join(p) for p in parts)
+        self.identity = hashlib.sha256(os.fsencode(names)).hexdigest()[:16]  # a name need not be UTF-8
 
     def __len__(self):
         return len(self.files)
@@ -572,6 +612,18 @@ def rng_states():
     return every
 
 
+def load_optimiser(opt, state):
+    """opt.load_state_dict(state) for Adam, whose fused step would write beyond moments of another shape or layout."""
+    opt.load_state_dict(state)
+    for p, moments in opt.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != p.shape or not moments[name].sum().isfinite():
+                raise ValueError("the optimiser's moments do not fit, or are not finite")
+            moments[name] = torch.empty_like(p, requires_grad=False).copy_(moments[name])
+        if moments["step"].shape != ():
+            raise ValueError("the optimiser's count of steps is not one number")
+
+
 @torch.no_grad()
 def same_on_all_ranks(step, out):
     """Every rank must resume from the same step: nodes that see different folders would train different things."""
@@ -612,11 +664,15 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Runs a script's main: a user's mistake is one line on stderr and exit status 1, not a traceback."""
+    with contextlib.suppress(AttributeError):  # not a stream of the system's
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         main()
     except UserError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {' '.join(str(e).splitlines())}")  # one line, whatever a file is called
     except RuntimeError as e:
+        if str(e).startswith("DataLoader worker"):  # its signal may come anywhere in main
+            sys.exit(f"error: a process that loads images has died, for want of memory perhaps (fewer --workers?): {e}")
         if dist.is_initialized() and "closed by peer" in str(e):  # gloo: another rank has left, and has said why
             sys.exit("error: another rank has stopped")
         raise
@@ -851,21 +907,22 @@ def start_of_stage(stage, args, data, run_, rank, device):
     content = load_file(path)
     if not {"discriminator", "arguments", "total_steps"} <= content.keys():
         raise UserError(f"{path} is not the final checkpoint of a stage (expected stage{stage - 1}.pt)")
-    if content["stage"] != stage - 1:
-        raise UserError(f"{path} is of stage {content['stage']}; stage {stage} continues from stage {stage - 1}")
-    wanted = {"decoder": args.decoder, "d": args.d, "disc_ch": args.disc_ch}
-    if args.encoder_given:
-        wanted["encoder"] = args.encoder
-    check_same(content["run"], wanted, path, "repeat them, or give another --init")
-    args.encoder = content["run"]["encoder"]
-    tokenizer, discriminator = Tokenizer(**content["arguments"]), losses.PatchGAN(args.disc_ch)
-    load_strictly(tokenizer, content["tokenizer"], path)
-    load_strictly(discriminator, content["discriminator"], path)
-    reference = None
-    if STAGES[stage]["reference"]:
-        reference = copy.deepcopy(tokenizer)
-        reference.decoder = None  # L_sp compares latents: the frozen copy is encoder and adapter
-    return tokenizer, discriminator, reference, content["opt_d"], content["total_steps"]
+    with reading(path, "checkpoint"):
+        if content["stage"] != stage - 1:
+            raise UserError(f"{path} is of stage {content['stage']}; stage {stage} continues from stage {stage - 1}")
+        wanted = {"decoder": args.decoder, "d": args.d, "disc_ch": args.disc_ch}
+        if args.encoder_given:
+            wanted["encoder"] = args.encoder
+        check_same(content["run"], wanted, path, "repeat them, or give another --init")
+        args.encoder = content["run"]["encoder"]
+        tokenizer = build(Tokenizer, content["arguments"], content["tokenizer"], path)
+        discriminator = losses.PatchGAN(args.disc_ch)
+        load_strictly(discriminator, content["discriminator"], path)
+        load_optimiser(torch.optim.Adam(discriminator.parameters(), fused=True), content["opt_d"])  # does it fit?
+        reference = copy.deepcopy(tokenizer) if STAGES[stage]["reference"] else None
+        if reference is not None:
+            reference.decoder = None  # L_sp compares latents: the frozen copy is encoder and adapter
+        return tokenizer, discriminator, reference, content["opt_d"], operator.index(content["total_steps"])
 
 
 def set_up_stage(stage, args, run_, data, lpips, rank, device):
@@ -913,12 +970,15 @@ def stage_state(s):
             "opt_d": s.opt_d.state_dict(), "meter": s.meter.state(), "rng": rng_states()}
 
 
-def load_stage_state(s, saved, rank):
-    for name in ("tokenizer", "discriminator", "opt_g", "opt_d", *(["ema"] if s.ema is not None else [])):
-        getattr(s, name).load_state_dict(saved[name])
-    s.meter.load(saved["meter"])
-    s.step = saved["step"]
-    torch.set_rng_state(saved["rng"][rank % len(saved["rng"])])
+def load_stage_state(s, saved, rank, path):
+    with reading(path, "checkpoint"):
+        for name in ("tokenizer", "discriminator", *(["ema"] if s.ema is not None else [])):
+            load_strictly(getattr(s, name), saved[name], path)
+        for name in ("opt_g", "opt_d"):
+            load_optimiser(getattr(s, name), saved[name])
+        s.meter.load(saved["meter"])
+        s.step = operator.index(saved["step"])
+        torch.set_rng_state(saved["rng"][rank % len(saved["rng"])])
 
 
 def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
@@ -937,7 +997,7 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
             return
     saved = run_.resume(prefix, s.run)
     if saved:
-        load_stage_state(s, saved, rank)
+        load_stage_state(s, saved, rank, run_.last_good(prefix))
         if s.step > steps:
             raise UserError(f"{run_.last_good(prefix)} is already at step {s.step}; --steps {steps} is behind it")
     elif final.exists():
