@@ -610,7 +610,7 @@ class Tokenizer(LatentSpace):
             if "encoder.conv_in.weight" in official:
                 return VAE.from_official(official, path)
             if not {"tokenizer", "arguments"} <= content.keys():
-                raise UserError(f"{path} is not a tokenizer's checkpoint (expected runs/tokenizer/stage3.pt or like it)")
+                raise UserError(f"{path} is not a tokenizer's checkpoint (expected runs/tokenizer/stage3.pt or such)")
             kind = Tokenizer if "encoder" in content["arguments"] else VAE
             return build(kind, content["arguments"], content["tokenizer"], path).eval()
 

@@ -971,7 +971,8 @@ def test_hostile_checkpoints():
             "not finite": with_tensor(torch.full((64, 64), math.nan)),
             "wrong type": with_tensor(torch.zeros(64, 64, dtype=torch.int64)),
             "larger than the file": {"arguments": content["arguments"] | {"hidden": 2 ** 20},
-                                     "tokenizer": content["tokenizer"] | views}, "NoneType": content | {"tokenizer": None},
+                                     "tokenizer": content["tokenizer"] | views},
+            "NoneType": content | {"tokenizer": None},
         }.items():
             torch.save(wrong, d / "wrong.pt")
             with refused("wrong.pt", word):
@@ -1371,7 +1372,7 @@ def test_positions_against_loops():
                     assert abs(y[n, i + 1] - (x[n, i + 1] * math.cos(angle) + x[n, i] * math.sin(angle))) < 1e-5
 
 
-def slow_dit(S, z, t, y, heads):
+def looped_dit(S, z, t, y, heads):
     """LightningDiT from its published description, patch 1, on a state dict in fp64; explicit softmax, no modules."""
     def linear(name, x):
         return x @ S[f"{name}.weight"].T + S[f"{name}.bias"]
@@ -1414,7 +1415,7 @@ def test_dit_numerics():
     for side in ((4, 4), (3, 5)):
         z, t, y = torch.randn(3, 4, *side), torch.rand(3), torch.tensor([0, 7, 10])
         with torch.no_grad():
-            got, want = model(z, t, y), slow_dit(S, z.double(), t.double(), y, heads=2)
+            got, want = model(z, t, y), looped_dit(S, z.double(), t.double(), y, heads=2)
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
