@@ -315,16 +315,14 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm of 32 groups, but of no fewer than four channels each (ch = 128 has four): with one channel to a group
     it would be an instance norm, which takes the colour of the whole image away.
 
-    On a CPU PyTorch's channels_last backward is 8 times slower in bf16 than the contiguous one with a copy in and out
-    (measured at 32 x 32 x 64 x 64), while convolutions want channels_last."""
+    In fp32, the statistics and all, whatever the autocast: CUDA's autocast does the same. On CPUs it is also faster: the
+    bf16 backward of channels_last takes 3 times as long (measured, 128 channels of 256 x 256)."""
 
     def __init__(self, channels):
         super().__init__(min(32, channels // 4), channels, eps=1e-6)
 
     def forward(self, x):
-        if not x.is_cpu:
-            return super().forward(x)
-        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        return super().forward(x.float()).to(x.dtype)
 
 
 class ResnetBlock(nn.Module):
