@@ -772,8 +772,10 @@ def training_step(x, s, args, gan, last):
             s.discriminator.requires_grad_(False)  # no gradient of G's loss in D's parameters
             with s.autocast():
                 g_loss = losses.hinge_g(s.discriminator(recon))
-            adaptive = losses.adaptive_weight(loss, g_loss, s.tokenizer.decoder.conv_out.weight)
-            loss = loss + args.w_g * adaptive * g_loss
+            # Linear in x^, with the same gradients: the way back through VGG16 and the discriminator is gone once, not twice
+            rec, g = ((torch.autograd.grad(part, recon)[0] * recon).sum() for part in (loss, g_loss))
+            adaptive = losses.adaptive_weight(rec, g, s.tokenizer.decoder.conv_out.weight)
+            loss = rec + args.w_g * adaptive * g
             log.update(g_loss=g_loss, adaptive=adaptive)
 
         # Stage 2: + w_sp L_sp, against the frozen stage-1 encoder and adapter
