@@ -63,7 +63,7 @@ def fill(net):
 # Each of the following prepares one side of a row, and returns the work to be timed. What that returns is compared.
 
 def forward(side, net, shape, backward=True):
-    """net: (module, function of x that gives a tensor). Returns the output, or the gradient of the first convolution."""
+    """net: (module, function of x that gives a tensor). Returns the output, or the first convolution's gradient."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight = next(m for m in fill(net[0]).modules() if isinstance(m, torch.nn.Conv2d)).weight
 
@@ -272,7 +272,8 @@ def serve(pipe, row, side, threads, folder):
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     for suffix in ("", "_backward"):  # on the CPU attention has names of its own
-        theirs, here = (getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{s}{suffix}") for s in ("", "_for_cpu"))
+        name = "_scaled_dot_product_flash_attention"
+        theirs, here = (getattr(torch.ops.aten, f"{name}{s}{suffix}") for s in ("", "_for_cpu"))
         flop_registry[here] = flop_registry[theirs]
     with contextlib.redirect_stdout(io.StringIO()):
         work = ROWS[row][0](side, folder)

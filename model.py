@@ -316,8 +316,8 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm of 32 groups, but of no fewer than four channels each (ch = 128 has four): with one channel to a group
     it would be an instance norm, which takes the colour of the whole image away.
 
-    In fp32, the statistics and all, whatever the autocast: CUDA's autocast does the same. On CPUs it is also faster: the
-    bf16 backward of channels_last takes 3 times as long (measured, 128 channels of 256 x 256)."""
+    In fp32 whatever the autocast, as CUDA's autocast has it. On CPUs that is also the faster way: the bf16 backward of
+    channels_last takes 3 times as long (measured, 128 channels of 256 x 256)."""
 
     def __init__(self, channels):
         super().__init__(min(32, channels // 4), channels, eps=1e-6)

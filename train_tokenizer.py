@@ -88,43 +88,57 @@ def load_image(path):
     """Any image file -> PIL RGB: EXIF orientation applied, transparency on white, 16-bit grey scaled to 8."""
     try:
         with Image.open(path) as img:
-            img = ImageOps.exif_transpose(img)
+            img.load()
+            ImageOps.exif_transpose(img, in_place=True)
             if img.mode.startswith("I") or img.mode == "F":  # 16 bits in all files that are seen in practice
                 img = Image.fromarray((np.asarray(img, np.float32) / 257).clip(0, 255).astype(np.uint8))
             if img.has_transparency_data:
                 img = img.convert("RGBA")
                 img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-            return img.convert("RGB")
+            return img if img.mode == "RGB" else img.convert("RGB")
     except Exception as e:  # whatever a broken file makes of PIL's decoders
         raise UserError(f"unreadable image {path}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
 
 
-def resize_short_side(img, size):
-    """ADM's resize: halve with a box filter while at least twice too large, then bicubic to short side `size`."""
+def halve(img, size):
+    """ADM's first step: halve with a box filter while at least twice too large."""
     while min(img.size) >= 2 * size:
         img = img.resize((img.width // 2, img.height // 2), Image.BOX)
-    scale = size / min(img.size)
-    return img.resize((round(img.width * scale), round(img.height * scale)), Image.BICUBIC)
+    return img
 
 
 def center_crop(img, size):
-    """ADM's centre crop, for evaluation and for latents: PIL RGB -> PIL RGB of size x size."""
-    img = resize_short_side(img, size)
+    """ADM's centre crop, for evaluation and for latents: halved, bicubic to short side `size`, cropped. PIL RGB -> PIL
+    RGB of size x size."""
+    img = halve(img, size)
+    scale = size / min(img.size)
+    img = img.resize((round(img.width * scale), round(img.height * scale)), Image.BICUBIC)
     left, top = (img.width - size) // 2, (img.height - size) // 2
     return img.crop((left, top, left + size, top + size))
 
 
 def random_crop(img, size, r):
-    """For tokenizer training: a random crop of the short-side resize, flipped half of the time."""
-    img = resize_short_side(img, size)
-    left, top = r.integers(img.width - size + 1), r.integers(img.height - size + 1)
-    img = img.crop((left, top, left + size, top + size))
-    return ImageOps.mirror(img) if r.random() < 0.5 else img
+    """For tokenizer training: a random square of the short side, resized in the same two steps, and flipped half of the
+    time. PIL RGB -> uint8 (3, size, size).
+
+    Cropped first, so that nothing is resized in vain; and by torch's bicubic filter, which takes a third of PIL's time.
+    Against PIL's, .4 % of the values differ, by 1 or 2 of 255 (measured, 500 px to 256)."""
+    side = min(img.size)
+    left, top = r.integers(img.width - side + 1), r.integers(img.height - side + 1)
+    img = halve(img.crop((left, top, left + side, top + side)), size)
+    pixels = F.interpolate(to_pixels(img)[None], (size, size), mode="bicubic", antialias=True)[0]
+    return pixels.flip(2) if r.random() < 0.5 else pixels
+
+
+def to_pixels(img):
+    """PIL RGB -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(img)).permute(2, 0, 1)
 
 
 def to_tensor(img):
-    """PIL RGB -> float (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(img)).permute(2, 0, 1).float() / 127.5 - 1
+    """PIL RGB, or uint8 (3, H, W) -> float (3, H, W) in [-1, 1]."""
+    pixels = img if isinstance(img, torch.Tensor) else to_pixels(img)
+    return pixels.contiguous().float().div_(127.5).sub_(1)
 
 
 def to_uint8(images):
@@ -772,7 +786,7 @@ def training_step(x, s, args, gan, last):
             s.discriminator.requires_grad_(False)  # no gradient of G's loss in D's parameters
             with s.autocast():
                 g_loss = losses.hinge_g(s.discriminator(recon))
-            # Linear in x^, with the same gradients: the way back through VGG16 and the discriminator is gone once, not twice
+            # Linear in x^, with the same gradients: one way back through VGG16 and the discriminator, not two
             rec, g = ((torch.autograd.grad(part, recon)[0] * recon).sum() for part in (loss, g_loss))
             adaptive = losses.adaptive_weight(rec, g, s.tokenizer.decoder.conv_out.weight)
             loss = rec + args.w_g * adaptive * g
