@@ -592,7 +592,8 @@ def test_two_ranks_equal_one_process():
     rows = [rows_of(TMP / r) for r in ("one", "two")]
     assert len(rows[0]) == len(rows[1]) == 1
     for key, value in rows[0][0].items():
-        assert math.isclose(float(value), float(rows[1][0][key]), rel_tol=1e-4, abs_tol=1e-6), key
+        other = rows[1][0][key]  # "": a loss of another stage
+        assert value == other or math.isclose(float(value), float(other), rel_tol=1e-4, abs_tol=1e-6), key
     first = [load_file(TMP / r / "stage2_step00000001.pt") for r in ("one", "two")]
     # Adam's first moments are half the first gradients. That both ranks hold the same weights is check_weights' part,
     # before each checkpoint.

@@ -126,41 +126,54 @@ def load_image(path):
                 raise OSError("truncated: it has no end")  # of which libjpeg alone does not always complain
             img.load()
             with contextlib.suppress(Exception):  # rubbish in place of EXIF tells no orientation
-                img = ImageOps.exif_transpose(img)
+                ImageOps.exif_transpose(img, in_place=True)
             if img.mode.startswith("I") or img.mode == "F":  # 16 bits in all files that are seen in practice
                 img = Image.fromarray((np.asarray(img, np.float32) / 257).clip(0, 255).astype(np.uint8))
             if img.has_transparency_data:
                 img = img.convert("RGBA")
                 img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-            return img.convert("RGB")
+            return img if img.mode == "RGB" else img.convert("RGB")
 
 
-def resize_short_side(img, size):
-    """ADM's resize: halve with a box filter while at least twice too large, then bicubic to short side `size`."""
+def halve(img, size):
+    """ADM's first step: halve with a box filter while at least twice too large."""
     while min(img.size) >= 2 * size:
         img = img.resize((img.width // 2, img.height // 2), Image.BOX)
-    scale = size / min(img.size)
-    return img.resize((round(img.width * scale), round(img.height * scale)), Image.BICUBIC)
+    return img
 
 
 def center_crop(img, size):
-    """ADM's centre crop, for evaluation and for latents: PIL RGB -> PIL RGB of size x size."""
-    img = resize_short_side(img, size)
+    """ADM's centre crop, for evaluation and for latents: halved, bicubic to short side `size`, cropped. PIL RGB -> PIL
+    RGB of size x size."""
+    img = halve(img, size)
+    scale = size / min(img.size)
+    img = img.resize((round(img.width * scale), round(img.height * scale)), Image.BICUBIC)
     left, top = (img.width - size) // 2, (img.height - size) // 2
     return img.crop((left, top, left + size, top + size))
 
 
 def random_crop(img, size, r):
-    """For tokenizer training: a random crop of the short-side resize, flipped half of the time."""
-    img = resize_short_side(img, size)
-    left, top = r.integers(img.width - size + 1), r.integers(img.height - size + 1)
-    img = img.crop((left, top, left + size, top + size))
-    return ImageOps.mirror(img) if r.random() < 0.5 else img
+    """For tokenizer training: a random square of the short side, resized in the same two steps, and flipped half of the
+    time. PIL RGB -> uint8 (3, size, size).
+
+    Cropped first, so that nothing is resized in vain; and by torch's bicubic filter, which takes a third of PIL's time.
+    Against PIL's, .4 % of the values differ, by 1 or 2 of 255 (measured, 500 px to 256)."""
+    side = min(img.size)
+    left, top = r.integers(img.width - side + 1), r.integers(img.height - side + 1)
+    img = halve(img.crop((left, top, left + side, top + side)), size)
+    pixels = F.interpolate(to_pixels(img)[None], (size, size), mode="bicubic", antialias=True)[0]
+    return pixels.flip(2) if r.random() < 0.5 else pixels
+
+
+def to_pixels(img):
+    """PIL RGB -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(img)).permute(2, 0, 1)
 
 
 def to_tensor(img):
-    """PIL RGB -> float (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(img)).permute(2, 0, 1).float() / 127.5 - 1
+    """PIL RGB, or uint8 (3, H, W) -> float (3, H, W) in [-1, 1]."""
+    pixels = img if isinstance(img, torch.Tensor) else to_pixels(img)
+    return pixels.contiguous().float().div_(127.5).sub_(1)
 
 
 def to_uint8(images):
@@ -820,6 +833,12 @@ def foundation_encoder(args, data, run_, rank, device):
 
 # ------------------------------------------------------------------------------------------------------- the stages
 
+def linearised(loss, x):
+    """The linear function of x with the gradient that loss has here. What is built on it goes back through loss, for
+    L_rec that is VGG16, once and not once more for each adaptive weight."""
+    return (torch.autograd.grad(loss, x)[0] * x).sum()
+
+
 def training_step(x, s, args, gan, last, noise=()):
     """Figure 2, one micro-batch: backward through L_rec + w_sp L_sp, then through the discriminator's loss.
 
@@ -834,13 +853,15 @@ def training_step(x, s, args, gan, last, noise=()):
         # Eq. 1: L_rec = L1 + w_p L_perceptual + w_g L_GAN, w_g = --w-g times the ratio of the gradients
         with s.autocast():
             loss, l1, perceptual = losses.reconstruction_loss(x, recon, s.lpips, args.w_p)
-        rec, log = loss, {"l1": l1, "perceptual": perceptual, "rec": loss}
+        log = {"l1": l1, "perceptual": perceptual, "rec": loss}
+        rec = loss = linearised(loss, recon)
         if gan:
             s.discriminator.requires_grad_(False)  # no gradient of G's loss in D's parameters
             with s.autocast():
                 g_loss = losses.hinge_g(s.discriminator(recon))
-            adaptive = losses.adaptive_weight(rec, g_loss, s.tokenizer.decoder.conv_out.weight)
-            loss = loss + args.w_g * adaptive * g_loss
+            g = linearised(g_loss, recon)
+            adaptive = losses.adaptive_weight(rec, g, s.tokenizer.decoder.conv_out.weight)
+            loss = loss + args.w_g * adaptive * g
             log.update(g_loss=g_loss, adaptive=adaptive)
 
         # Stage 2: + w_sp L_sp, against the frozen stage-1 encoder and adapter

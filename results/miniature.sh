@@ -31,16 +31,16 @@ curve() {  # FINAL STEPS FLAGS...
     fi
     train "$1" "$2" "${@:3}" --probe-images 20000
 }
-stage1() { python train_tokenizer.py "${flags[@]}" "${encoder[@]}" --stage 1 --steps 250 --lr "${LR1:-5e-4}" \
+stage1() { python train_tokenizer.py "${flags[@]}" "${encoder[@]}" --stage 1 --steps 250 --lr 5e-4 \
                --probe-images 20000 --out "$out/aligntok"; }
-stage2=(400 --stage 2 --lr "${LR2:-2e-4}")
+stage2=(400 --stage 2 --lr 1e-4)
 case $row in
     stage1)   final=$out/aligntok/stage1.pt
-              train "$final" 250 "${encoder[@]}" --stage 1 --lr "${LR1:-5e-4}" --out "$out/aligntok" ;;
+              train "$final" 250 "${encoder[@]}" --stage 1 --lr 5e-4 --out "$out/aligntok" ;;
     stage12)  stage1; final=$out/aligntok/stage2.pt; curve "$final" "${stage2[@]}" --out "$out/aligntok" ;;
-    stage123) final=$out/aligntok/stage3.pt; train "$final" 150 --stage 3 --lr "${LR2:-2e-4}" --out "$out/aligntok" ;;
-    vae)      final=$runs/vae.pt; curve "$final" 800 --model vae --lr "${LRV:-5e-4}" --out "$runs" ;;
-    vavae)    final=$runs/vavae.pt; curve "$final" 800 --model vavae "${encoder[@]}" --lr "${LRV:-5e-4}" --out "$runs" ;;
+    stage123) final=$out/aligntok/stage3.pt; train "$final" 150 --stage 3 --lr 2e-4 --out "$out/aligntok" ;;
+    vae)      final=$runs/vae.pt; curve "$final" 800 --model vae --lr 1e-3 --out "$runs" ;;
+    vavae)    final=$runs/vavae.pt; curve "$final" 800 --model vavae "${encoder[@]}" --lr 5e-4 --out "$runs" ;;
     *)        case $row in
                   sp0) extra=(--w-sp 0) ;;  sp5) extra=(--w-sp 5) ;;
                   cosine) extra=(--sp-loss cosine) ;;  before) extra=(--sp-at encoder) ;;
