@@ -660,7 +660,7 @@ def parse(argv=None):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for file in filter(None, (args.save_stats, args.json)):  # before the work, not after it
-        if not os.access(Path(file).parent, os.W_OK):
+        if not Path(file).parent.is_dir() or not os.access(Path(file).parent, os.W_OK):
             raise UserError(f"cannot write {file}: no such folder, or not writable")
     if min(args.workers, args.seed) < 0:
         raise UserError("--workers and --seed must not be negative")

@@ -1094,8 +1094,9 @@ def test_rows():
         with refused("No space", "rows.npy"):
             rows.write([3], values[[3]])
         assert not path.exists()
-        for f in (good, rows.rows, rows.lock):
+        for f in (good, rows.rows):
             os.close(f)
+        rows.lock.close()
         with refused("tokenizer a -> b"):
             sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"})
         rows = sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "a"})
