@@ -404,8 +404,10 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
+    except (OSError, RuntimeError) as e:
+        while not isinstance(e, OSError) and e.__context__:  # torch.save hides a full disk behind a RuntimeError
+            e = e.__context__
+        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from None
     finally:  # gone already where all went well
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
