@@ -11,9 +11,12 @@ import functools
 import io
 import json
 import math
+import multiprocessing
 import operator
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -278,6 +281,34 @@ def test_gan_losses():
     assert losses.adaptive_weight(w.sum() * 1e9, 0 * w.sum(), w).item() == 1e4
 
 
+def test_a_collapsed_discriminator_shows_in_the_log():
+    """One answer for every image: it is right on the real or on the fake ones, and the adaptive weight is at its clamp.
+    One that tells them apart is right on both."""
+    tok, args = Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]), tt.parse(["--preset", "tiny"])
+
+    def logged(discriminator):
+        s = SimpleNamespace(tokenizer=tok, generator=tok, discriminator=discriminator, critic=discriminator,
+                            reference=None, lpips=None, autocast=contextlib.nullcontext)
+        log = tt.training_step(torch.ones(2, 3, 32, 32), s, args, gan=True, last=True)
+        return [log[k].item() for k in ("d_real", "d_fake", "adaptive")]
+
+    class Brightness(torch.nn.Module):  # x is 1 everywhere, its reconstruction is not
+        def forward(self, x):
+            return x.mean((1, 2, 3)) - 0.9 + 0 * self.unused
+
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(()))
+
+    collapsed = losses.PatchGAN(16)
+    for bias, right in ((0.5, [1, 0]), (-0.5, [0, 1])):
+        torch.nn.init.zeros_(collapsed.main[-1].weight)
+        torch.nn.init.constant_(collapsed.main[-1].bias, bias)
+        assert logged(collapsed) == [*right, 1e4]
+    *right, adaptive = logged(Brightness())
+    assert right == [1, 1] and 0 < adaptive < 1e4
+
+
 def test_semantic_preservation():
     z = torch.tensor([[[[1.0]], [[0.0]]]], requires_grad=True)
     ref = torch.tensor([[[[0.0]], [[2.0]]]], requires_grad=True)
@@ -398,6 +429,10 @@ def test_order():
         iterator = iter(tt.Order(10, 4, (0, "order"), **kw))
         return [next(iterator) for _ in range(steps * kw.get("accum", 1))]
 
+    for world in (1, 2, 3):  # 10 images: no rank's share of an epoch is as large as another's
+        ranks = [iter(tt.Order(10, 6, (0, "order"), rank=r, world=world)) for r in range(world)]
+        seen = [item for _ in range(5) for rank in ranks for item in next(rank)]
+        assert sorted(seen) == [(epoch, i) for epoch in range(3) for i in range(10)], world
     whole = functools.reduce(operator.iadd, stream(5), [])
     assert sorted(i for _, i in whole[:10]) == list(range(10)) and sorted(i for _, i in whole[10:]) == list(range(10))
     assert [e for e, _ in whole] == [0] * 10 + [1] * 10 and [i for _, i in whole[:10]] != [i for _, i in whole[10:]]
@@ -502,7 +537,10 @@ def test_resume_is_exact():
     tt.main([*flags, "--out", str(root / "b"), "--steps", "5", "--workers", "1"])
     a, b = (load_file(root / r / "stage2_step00000005.pt") for r in "ab")
     assert same(a, b) is None, same(a, b)
-    assert (root / "a" / "log.csv").read_text() == (root / "b" / "log.csv").read_text()
+    (root / "b" / "stage2.pt").unlink()  # as if killed while it was validated: row 5 is no multiple of --log-every
+    tt.main([*flags, "--out", str(root / "b"), "--steps", "5"])
+    assert same(*(load_file(root / r / "stage2.pt") for r in "ab")) is None
+    assert (root / "a" / "log.csv").read_bytes() == (root / "b" / "log.csv").read_bytes()
     changed = error_of(tt.main, [*flags, "--out", str(root / "b"), "--steps", "5", "--lr", "0.1", "--w-sp", "2"])
     assert "lr 0.001 -> 0.1" in changed and "w_sp 1.0 -> 2.0" in changed and "batch" not in changed
     (root / "b" / "stage2.pt").unlink()
@@ -511,6 +549,115 @@ def test_resume_is_exact():
     newest.write_bytes(newest.read_bytes()[:1000])  # a damaged checkpoint: the one before it serves
     tt.main([*flags, "--out", str(root / "b"), "--steps", "5"])
     assert same(a, load_file(newest)) is None
+
+
+def test_run_folder():
+    """log.csv has its header and whole rows whatever a kill left; two checkpoints stay; a damaged one is never `good`."""
+    with folder() as d:
+        (d / ".a_step00000009.pt.part").write_bytes(b"half")
+        (d / "log.csv").touch()
+        with tt.Run(d, 0, ["stage", "step", "loss"]) as run:
+            run.rewind_log(1, 0)
+            for step in range(1, 5):
+                run.log({"stage": 1, "step": step, "loss": 1 / 3})
+                run.save("a", step, {"run": {}, "step": step})
+            assert run.last_good("a").name == "a_step00000004.pt"
+            run.rewind_log(1, 2)
+            assert (d / "log.csv").read_bytes() == b"stage,step,loss\n1,1,0.333333\n1,2,0.333333\n"
+            with full_disk(50), refused("cannot write", "log.csv", "File too large"):
+                run.log({"stage": 1, "step": 3, "loss": 1 / 3})
+            run.rewind_log(1, 3)
+            assert (d / "log.csv").read_bytes() == b"stage,step,loss\n1,1,0.333333\n1,2,0.333333\n"
+        (d / "a_step00000004.pt").write_bytes(b"half")
+        with tt.Run(d, 0, []) as run:
+            assert run.resume("a", {})["step"] == 3 and run.last_good("a").name == "a_step00000003.pt"
+            assert run.last_good("b") == "none"
+        assert {p.name for p in d.iterdir()} == {".lock", "log.csv", "a_step00000003.pt", "a_step00000004.pt"}
+
+
+def test_signals():
+    """SIGTERM to the whole process group, loader's worker included: a checkpoint at the step boundary, a message, and the
+    run goes on to the same end. Outside the loop there is nothing to lose: it ends at once."""
+    original = losses.logit_normal
+
+    def planted(n):
+        planted.calls += 1
+        if planted.calls == 2:
+            for pid in (os.getpid(), *(worker.pid for worker in multiprocessing.active_children())):
+                os.kill(pid, signal.SIGTERM)
+            time.sleep(0.2)
+        return original(n)
+
+    with folder() as d, mini_size():
+        flags = [*mini_dit(d), "--steps", "3", "--log-every", "1", "--workers", "1"]
+        train_dit.main([*flags, "--out", str(d / "a")])
+        planted.calls, losses.logit_normal = 0, planted
+        try:
+            with refused("stopped by a signal at step 2", "dit_step00000002.pt", "repeat"):
+                train_dit.main([*flags, "--out", str(d / "b")])
+        finally:
+            losses.logit_normal = original
+        train_dit.main([*flags, "--out", str(d / "b")])
+        assert same(*(load_file(d / r / "dit_step00000003.pt") for r in "ab")) is None
+        assert (d / "a" / "log.csv").read_bytes() == (d / "b" / "log.csv").read_bytes()
+        try:
+            with tt.Run(d / "a", 0, []):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(9)
+            raise AssertionError("the signal was ignored")
+        except SystemExit as e:
+            assert "repeat the command" in e.code
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk():
+    """Wherever it strikes: one line, what was good is still there, and no half file is left."""
+    with folder() as d, mini_size():
+        shutil.copytree(small_run(), d / "tok")
+        before = {p.name: p.read_bytes() for p in (d / "tok").glob("*.p*")}
+        ours = [*SMALL, "--out", str(d / "tok"), "--stage", "1", "--steps", "4"]
+        for limit, name in ((300, "log.csv"), (10_000, "stage1_step00000004.png"), (3_000_000, "stage1_step00000004.pt")):
+            with full_disk(limit), refused("cannot write", name, "File too large"):
+                tt.main([*ours, "--grid-every", "4"])
+        after = {p.name: p.read_bytes() for p in (d / "tok").iterdir() if p.name not in ("log.csv", ".lock")}
+        assert after.pop("stage1_step00000004.png") and after == before
+
+        dit = [*mini_dit(d), "--save-every", "1", "--steps", "2", "--out", str(d / "dit")]
+        for limit, name in ((0, "latents.npy.json"), (1000, "latents.npy.part"), (5000, "dit_step00000001.pt")):
+            with full_disk(limit), refused("cannot write", name):
+                train_dit.main(dit)
+        train_dit.main(dit)
+        draw = ["--preset", "tiny", "--dit", str(d / "dit" / "dit_step00000002.pt"), "--tokenizer", str(d / "tok.pt"),
+                "--steps", "2", "--num", "8"]
+        rows = 8 * 32 * 32 * 3  # bytes; then it is packed, with the zip's directory
+        for out, limit, name in (("s.npz", rows - 1, "s.npz.part"), ("s.npz", rows + 200, "s.npz"), ("p", 1000, "p/000000.png")):
+            with full_disk(limit), refused("cannot write", str(d / name)):
+                sample.main([*draw, "--out", str(d / out)])
+        assert [p.name for p in (d / "p").iterdir() if p.suffix == ".part"] == [] and not (d / "s.npz").exists()
+        sample.main([*draw, "--out", str(d / "s.npz"), "--grid", str(d / "grid.png")])
+        good = (d / "grid.png").read_bytes()
+        with full_disk(500), refused("cannot write", "grid.png"):
+            sample.main([*draw, "--grid", str(d / "grid.png")])
+        assert (d / "grid.png").read_bytes() == good
+
+        torch.save(DINOv2(**ENCODERS["tiny14"]).state_dict(), d / "e.pth")
+        figure = [str(d / "s.npz"), str(d / "s.npz"), "--features", "dinov2", "--encoder", str(d / "e.pth")]
+        for flag, name in (("--json", "f.json"), ("--save-stats", "f.npz")):
+            with full_disk(100), refused("cannot write", name, "File too large"):
+                fid.main([*figure, flag, str(d / name)])
+            with refused("cannot write", "f.json"):
+                fid.main([*figure, flag, str(d / "e.pth" / "f.json")])  # a path under a file
+        assert not [p.name for p in d.iterdir() if p.name.startswith((".", "f."))]
 
 
 def test_two_ranks_equal_one_process():
@@ -1106,7 +1253,10 @@ def test_rows():
         rows.finish()
         assert (np.load(path, mmap_mode="r") == values).all()
         assert sorted(p.name for p in d.iterdir()) == ["rows.npy", "rows.npy.json"]
+        for left in ("rows.npy.part", "rows.npy.done0"):  # by a kill just before the end
+            (d / left).touch()
         assert sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "a"}).complete
+        assert sorted(p.name for p in d.iterdir()) == ["rows.npy", "rows.npy.json"]
         with refused("tokenizer a -> b"):
             sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"})
         assert not sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"}, overwrite=True).complete
@@ -1136,6 +1286,9 @@ def test_sample_files():
         for out in ("s.npz", "pngs"):
             with refused("seed 0 -> 1"):
                 sample.main([*ours, "--out", str(d / out), "--seed", "1"])
+        for out, locked in (("s.npz", "s.npz.lock"), ("pngs", "pngs/.lock")):
+            with tt.lock(d / locked, ""), refused("another process", out):
+                sample.main([*ours, "--out", str(d / out)])
 
 
 def test_sample_errors():
@@ -1183,22 +1336,26 @@ def write_shapes(root, n=24, size=32):
     return str(root)
 
 
+def mini_dit(d):
+    """Flags of train_dit.py for a tokenizer and 24 images that are written to folder d."""
+    return ["--preset", "tiny", "--model", "mini", "--tokenizer", save_tokenizer(small_tokenizer(), d / "tok.pt"),
+            "--size", "32", "--data", write_shapes(d / "data" / "train"), "--val", write_shapes(d / "data" / "val"),
+            "--batch-size", "8", "--dtype", "fp32", "--grid-every", "99", "--save-every", "99"]
+
+
 def test_train_dit():
     """Bit-exact resume in fp32; the cache against encoding on the fly; what must be refused."""
     with folder() as d, mini_size():
-        tokenizer = small_tokenizer()
-        ours = ["--preset", "tiny", "--model", "mini", "--tokenizer", save_tokenizer(tokenizer, d / "tok.pt"), "--size",
-                "32", "--data", write_shapes(d / "data" / "train"), "--val", write_shapes(d / "data" / "val"),
-                "--batch-size", "8",
-                "--dtype", "fp32", "--log-every", "1", "--grid-every", "99", "--save-every", "99"]
+        tokenizer, ours = small_tokenizer(), [*mini_dit(d), "--log-every", "3"]
         train_dit.main([*ours, "--out", str(d / "a"), "--steps", "4"])
         train_dit.main([*ours, "--out", str(d / "b"), "--steps", "2"])
         shutil.copytree(d / "b", d / "c")  # as a new process: the first one holds its folder's lock
-        train_dit.main([*ours, "--out", str(d / "c"), "--steps", "4"])
+        for _ in range(2):  # the second finds it complete
+            train_dit.main([*ours, "--out", str(d / "c"), "--steps", "4", "--workers", "1"])
         a, c = (torch.load(d / name / "dit_step00000004.pt", weights_only=True) for name in "ac")
         for part in ("model", "ema"):
             assert all(torch.equal(v, c[part][k]) for k, v in a[part].items())
-        assert (d / "a" / "log.csv").read_text() == (d / "c" / "log.csv").read_text()
+        assert (d / "a" / "log.csv").read_bytes() == (d / "c" / "log.csv").read_bytes()
 
         cache = np.load(d / "a" / "latents.npy", mmap_mode="r")
         data = train_dit.open_data(str(d / "data" / "train"), None, 32, 1)[0]
