@@ -2,8 +2,12 @@
 
 Every part against a closed form, a hand value or an independent computation; every script end to end on small work.
 `python test_smoke.py NAME ...` runs the tests whose names contain one of the words.
+
+`python test_smoke.py --slow` runs the tests named slow_* too: real processes that are killed, stopped and starved, and
+ranks that fail, for about 20 minutes on one idle core. `--slow slow_` runs these alone, `--slow slow_kills` one of them.
 """
 import atexit
+import collections
 import contextlib
 import copy
 import csv
@@ -14,6 +18,7 @@ import math
 import multiprocessing
 import operator
 import os
+import re
 import resource
 import shutil
 import signal
@@ -1034,7 +1039,7 @@ def test_positions_against_loops():
                     assert abs(y[n, i + 1] - (x[n, i + 1] * math.cos(angle) + x[n, i] * math.sin(angle))) < 1e-5
 
 
-def slow_dit(S, z, t, y, heads):
+def plain_dit(S, z, t, y, heads):
     """LightningDiT from its published description, patch 1, on a state dict in fp64; explicit softmax, no modules."""
     def linear(name, x):
         return x @ S[f"{name}.weight"].T + S[f"{name}.bias"]
@@ -1077,7 +1082,7 @@ def test_dit_numerics():
     for side in ((4, 4), (3, 5)):
         z, t, y = torch.randn(3, 4, *side), torch.rand(3), torch.tensor([0, 7, 10])
         with torch.no_grad():
-            got, want = model(z, t, y), slow_dit(S, z.double(), t.double(), y, heads=2)
+            got, want = model(z, t, y), plain_dit(S, z.double(), t.double(), y, heads=2)
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
@@ -1389,17 +1394,248 @@ def test_train_dit():
             train_dit.main(["--preset", "tiny", "--out", str(d / "run"), *argv])
 
 
+# ------------------------------------------------------------- python test_smoke.py --slow: runs as they are in the world
+
+def start(script, *flags, ranks=0):
+    """A script in a process of its own, or in `ranks` of them under torchrun, with all their workers in one group."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    return subprocess.Popen(
+        [sys.executable, *torchrun, str(HERE / script), *map(str, flags)], text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE),
+                                                "TMPDIR": str(TMP)})
+
+
+def end(process, timeout=300):
+    """What a process says on stderr until its end; a hang is killed, and fails."""
+    try:
+        return process.communicate(timeout=timeout)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"a hang: {process.communicate()[1][-2000:]}") from None
+
+
+def complete(*command, **kw):
+    process = start(*command, **kw)
+    text = end(process)
+    assert process.returncode == 0, text[-3000:]
+
+
+def sizes(folder):
+    """Name -> size of all files below a folder, while others write and rename there."""
+    found = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            found[str(path.relative_to(folder))] = path.stat().st_size
+    return found
+
+
+def assert_alike(a, b):
+    """Two folders hold the same files: checkpoints bit by bit, all others byte by byte; and nothing half-written."""
+    names = [{name for name in sizes(root) if not name.endswith(".lock")} for root in (a, b)]
+    assert names[0] == names[1], names[0] ^ names[1]
+    for name in sorted(names[0]):
+        if name.endswith(".pt"):
+            differs = same(load_file(a / name), load_file(b / name))
+            assert differs is None, (name, differs)
+        elif (a / name).is_file():
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def kill_until_complete(r, out, *command, most=40):
+    """Repeats a command, killed at a random moment after its first files, every other time at one when a file is being
+    written, until it ends by itself. Returns how often which file was being written at a kill ("": none)."""
+    hit = collections.Counter()
+    while True:
+        aimed = r.random() < 0.5
+        process, before, left = start(*command, "--out", out), sizes(out.parent), r.integers(1, 4 if aimed else most)
+        while process.poll() is None and left > 0:
+            time.sleep(0.003)
+            now = sizes(out.parent)
+            left -= now != before and (not aimed or any(Path(f).name[0] == "." and f.endswith(".part") for f in now))
+            before = now
+        time.sleep(0 if aimed else r.uniform(0, 0.1))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        text = end(process)
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0, text[-3000:]
+            return hit
+        parts = [re.sub("[0-9]+", "*", Path(f).name) for f in sizes(out.parent) if f.endswith(".part")]
+        hit[min(parts, default="")] += 1  # a name with a dot comes first: of write_atomically
+
+
+SLOW = [*SMALL, "--grid-every", "3", "--log-every", "3", "--save-every", "1", "--steps", "4"]
+
+
+def tiny_dit(tok, *more):
+    return ["train_dit.py", "--preset", "tiny", "--tokenizer", tok, "--val-images", "24", "--batch-size", "4", "--dtype",
+            "fp32", "--log-every", "3", "--save-every", "1", "--grid-every", "3", "--steps", "6", *more]
+
+
+def slow_kills():
+    """SIGKILL at random moments, then the same command again, until it is through: the folder is that of a run that was
+    never killed. Three stages with GAN and EMA; the generator and its cache; samples as npz and as PNGs."""
+    r, hit = np.random.default_rng(0), {}
+    with folder() as d:
+        tok, dit = (d / name / "a" / "out" for name in ("tokenizer", "dit"))
+        draw = ["sample.py", "--preset", "tiny", "--dtype", "fp32", "--tokenizer", tok / "stage3.pt", "--dit",
+                dit / "dit_step00000006.pt", "--num", "40", "--batch-size", "2", "--steps", "2"]
+        for name, out, most, command in (
+                ("tokenizer", "out", 40, ["train_tokenizer.py", *SLOW]),
+                ("dit", "out", 40, tiny_dit(tok / "stage3.pt", "--data", write_shapes(d / "data", 100, 64),
+                                            "--encode-batch", "2")),
+                ("npz", "out.npz", 20, draw), ("png", "out", 20, draw)):
+            for run in "ab":
+                (d / name / run).mkdir(parents=True)
+            complete(*command, "--out", d / name / "a" / out)
+            hit[name] = kill_until_complete(r, d / name / "b" / out, *command, most=most)
+            assert_alike(d / name / "a", d / name / "b")
+    assert sum(found.total() for found in hit.values()) >= 30, hit
+    return "; ".join(f"{name}: {found.total()} kills, {dict(found)}" for name, found in hit.items())
+
+
+def slow_signals():
+    """SIGTERM and Ctrl-C, to the process, to its group with the loader's workers, to torchrun alone: a checkpoint at the
+    step boundary, a message, and bit for bit the end of a run that never stopped."""
+    tok = ["train_tokenizer.py", *SLOW, "--stage", "2", "--init", small_run() / "stage1.pt", "--steps", "12"]
+    with folder() as d:
+        dit = tiny_dit(small_run() / "stage3.pt", "--steps", "40", "--cache", d / "latents.npy", "--data",
+                       write_shapes(d / "data", 48, 64))
+        for command, ranks, workers, number, kill in (
+                (tok, 0, 0, signal.SIGTERM, os.kill), (tok, 0, 2, signal.SIGINT, os.killpg),
+                (dit, 0, 0, signal.SIGINT, os.kill), (dit, 0, 2, signal.SIGTERM, os.killpg),
+                (tok, 2, 1, signal.SIGTERM, os.kill), (dit, 2, 1, signal.SIGTERM, os.kill)):
+            command = [*command, "--log-every", "1", "--save-every", "99", "--workers", workers, "--out"]
+            complete(*command, d / "a", ranks=ranks)
+            process = start(*command, d / "b", ranks=ranks)
+            while process.poll() is None and not ((d / "b" / "log.csv").exists() and len(rows_of(d / "b")) > 2):
+                time.sleep(0.01)
+            kill(process.pid, number)
+            text = end(process)
+            assert process.returncode == 1 and text.count("stopped by a signal at step") == max(1, ranks), text[-3000:]
+            assert ranks or "Traceback" not in text, text[-3000:]  # torchrun itself leaves with one
+            stopped, = (d / "b").glob("*_step*.pt")
+            complete(*command, d / "b", ranks=ranks)
+            stopped.unlink()
+            assert_alike(d / "a", d / "b")
+            shutil.rmtree(d / "a"), shutil.rmtree(d / "b")
+
+
+def driver(path, change):
+    """Writes a script that runs another, its first argument, after a change to train_tokenizer.py's functions."""
+    path.write_text(f"import hashlib, importlib, os, sys\nimport torch.distributed as dist\nimport train_tokenizer as tt\n"
+                    f"{change}\ntt.run(importlib.import_module(sys.argv.pop(1)[:-3]).main)\n")
+    return path
+
+
+# Every parameter and buffer by its bits, where check_weights compares one sum. In fp64: the GAN multiplies a rounding
+# error by 10 to 100 a step, so that one fp32 process whose pixels differ by 1e-7 is off by percents after five.
+IN_FP64_EQUAL_ON_ALL_RANKS = """
+import torch
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float, from_numpy = torch.Tensor.double, torch.from_numpy
+torch.from_numpy = lambda a: from_numpy(a).double() if a.dtype.kind == "f" else from_numpy(a)
+def check(module, *args):
+    if dist.is_initialized():
+        bits, every = b"".join(v.numpy().tobytes() for v in module.state_dict().values()), [None] * dist.get_world_size()
+        dist.all_gather_object(every, hashlib.sha256(bits).hexdigest())
+        assert len(set(every)) == 1, "ranks differ"
+tt.check_weights = check
+"""
+
+AT_THE_FOURTH_BATCH_OF_RANK_1 = """
+import datetime, time
+tt.timedelta = lambda **_: datetime.timedelta(seconds=30)  # not 30 minutes
+batches = tt.batches
+def planted(view, *args):
+    for k, batch in enumerate(batches(view, *args), 1):
+        if k == 4 and os.environ["RANK"] == "1":
+            {}
+        yield batch
+tt.batches = planted
+"""
+
+
+def slow_ranks():
+    """2 and 3 processes against one, the same global batch of 6: the losses of 5 steps, in every stage and the generator;
+    at the end all ranks hold the same bits."""
+    worst = {}
+    with folder() as d:
+        fp64, stage = driver(d / "driver.py", IN_FP64_EQUAL_ON_ALL_RANKS), ["train_tokenizer.py", *SLOW, "--stage"]
+        for name, command in {
+                "stage 1": [*stage, "1"], "stage 2": [*stage, "2", "--init", small_run() / "stage1.pt"],
+                "stage 3": [*stage, "3", "--init", small_run() / "stage2.pt"],
+                "generator": tiny_dit(small_run() / "stage3.pt", "--data", write_shapes(d / "data", 48, 64),
+                                      "--cache", d / "latents.npy")}.items():
+            for ranks in (1, 2, 3):
+                complete(fp64, *command, "--steps", "5", "--batch-size", "6", "--log-every", "1", "--grid-every", "99",
+                         "--out", d / name / str(ranks), ranks=ranks)
+                for one, many in zip(rows_of(d / name / "1"), rows_of(d / name / str(ranks)), strict=True):
+                    difference = [abs(float(one[k]) - float(many[k])) / max(1e-2, abs(float(one[k]))) for k in one if one[k]]
+                    worst[name] = max(worst.get(name, 0), *difference)
+    assert max(worst.values()) < 1e-5, worst
+    return ", ".join(f"{name} {difference:.1e}" for name, difference in worst.items())
+
+
+def slow_one_rank_fails():
+    """A NaN, an unreadable image, an exception or a SIGKILL on one rank of two ends both, with a message, not a hang."""
+    seconds = {}
+    with folder() as d:
+        for data in ("data", "broken"):
+            write_shapes(d / data, 48, 64), write_shapes(d / "val", 24, 64)
+        unreadable = min((d / "broken").rglob("*.png"))
+        unreadable.write_bytes(b"not an image")
+        tok = ["train_tokenizer.py", *SLOW, "--stage", "1"]
+        dit = tiny_dit(small_run() / "stage3.pt", "--cache", d / "latents.npy", "--encode-batch", "48")
+        for fault, action, data, commands, words in (
+                ("NaN", "batch[0].view(-1)[0] = float('nan')", "data", (tok, dit),
+                 ("error: the loss is not finite since step 4", "_step00000003.pt")),
+                ("exception", "raise ValueError('planted')", "data", (tok, dit), ("planted",)),
+                ("SIGKILL", "os.kill(os.getpid(), 9)", "data", (tok, dit), ("Signal 9",)),
+                ("hang", "time.sleep(999)", "data", (tok,), ("error: another rank has stopped",)),
+                ("image", "pass", "broken", (tok,), ("error: unreadable image", unreadable.name))):
+            script = driver(d / "driver.py", AT_THE_FOURTH_BATCH_OF_RANK_1.format(action))
+            for command in commands:
+                process = start(script, *command, "--data", d / data, "--val", d / "val", "--out", d / "out", "--steps",
+                                "9999", "--save-every", "3", "--log-every", "5", "--grid-every", "9999", ranks=2)
+                while process.poll() is None and not list((d / "out").glob("*_step00000003.pt")):
+                    time.sleep(0.01)
+                began = time.time()
+                text = end(process, 120)
+                seconds[fault] = max(time.time() - began, seconds.get(fault, 0))
+                assert process.returncode == 1 and all(word in text for word in words), text[-5000:]
+                assert "[rank0]" not in text, f"a traceback of the rank that is well: {text[-5000:]}"
+                saved = [load_file(path) for path in (d / "out").glob("*.pt")]
+                assert fault == "image" or [content["step"] for content in saved] == [3]
+                assert all(v.isfinite().all() for content in saved for part in ("tokenizer", "model", "ema")
+                           for v in (content.get(part) or {}).values())
+                shutil.rmtree(d / "out")
+    return ", ".join(f"{fault} {s:.0f} s" for fault, s in seconds.items())
+
+
+def slow_workers():
+    """0, 1 and 4 loader's workers: the same bits."""
+    with folder() as d:
+        for name, command in {
+                "tok": ["train_tokenizer.py", *SLOW, "--stage", "2", "--init", small_run() / "stage1.pt"],
+                "dit": tiny_dit(small_run() / "stage3.pt", "--data", write_shapes(d / "data", 48, 64))}.items():
+            for workers in (0, 1, 4):
+                complete(*command, "--workers", workers, "--out", d / f"{name}{workers}")
+                assert_alike(d / f"{name}0", d / f"{name}{workers}")
+
+
 def main():
-    tests = [(n, f) for n, f in globals().items() if n.startswith("test_") and callable(f)]
-    if sys.argv[1:]:
-        tests = [(n, f) for n, f in tests if any(word in n for word in sys.argv[1:])]
+    kinds, words = ("test_", "slow_") if "--slow" in sys.argv else "test_", [w for w in sys.argv[1:] if w != "--slow"]
+    tests = [(n, f) for n, f in globals().items() if n.startswith(kinds) and callable(f)]
+    if words:
+        tests = [(n, f) for n, f in tests if any(word in n for word in words)]
     failed, began = 0, time.time()
     for name, test in tests:
         start, said = time.time(), io.StringIO()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                test()
-            print(f"ok    {name} ({time.time() - start:.1f} s)", flush=True)
+                figures = test()
+            print(f"ok    {name} ({time.time() - start:.1f} s) {figures or ''}".rstrip(), flush=True)
         except Exception:  # noqa: BLE001, whatever a test raises is its failure
             failed += 1
             print(f"FAIL  {name}\n{said.getvalue()[-2000:]}\n{traceback.format_exc()}", flush=True)

@@ -644,8 +644,8 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
     except RuntimeError as e:
-        if dist.is_initialized() and "closed by peer" in str(e):  # gloo: another rank has left, and has said why
-            sys.exit("error: another rank has stopped")
+        if dist.is_initialized() and any(words in str(e) for words in ("by peer", "Broken pipe", "Timed out")):
+            sys.exit("error: another rank has stopped")  # gloo: it has left, and said why, or it hangs
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
