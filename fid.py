@@ -752,7 +752,8 @@ def parse(argv=None):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     for file in filter(None, (args.save_stats, args.json)):  # before the work, not after it
-        if not os.access(Path(file).parent, os.W_OK) or Path(file).is_dir():
+        parent = Path(file).parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK) or Path(file).is_dir():
             raise UserError(f"cannot write {file}: no such folder, not writable, or itself a folder")
     if min(args.workers, args.seed) < 0:
         raise UserError("--workers and --seed must not be negative")

@@ -15,7 +15,6 @@ the rounding of floating-point sums). Repeating a command completes what is miss
 Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 """
 import errno
-import fcntl
 import itertools
 import json
 import os
@@ -34,6 +33,7 @@ from train_tokenizer import (
     Parser,
     autocast_dtype,
     check_same,
+    lock,
     rng,
     run,
     save_grid,
@@ -175,13 +175,12 @@ class Rows:
         self.part, self.about = (Path(f"{path}{suffix}") for suffix in (".part", ".json"))
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         about = json.loads(json.dumps(dict(about, rows=n)))  # as it will be read back
+        self.lock = None
         if self.rank == 0:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.lock = lock(f"{path}.lock", f"another process is writing {path}; wait for it")
                 self._start(about, overwrite)
-            except BlockingIOError:
-                os.close(self.lock)
-                raise UserError(f"another process is writing {path}; wait for it") from None
             except UserError:
                 self._unlock()
                 raise
@@ -209,8 +208,6 @@ class Rows:
         return sorted(self.path.parent.glob(f"{self.path.name}.done*"))
 
     def _start(self, about, overwrite):
-        self.lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT)
-        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         then = json.loads(self.about.read_text()) if self.about.exists() else {}
         if overwrite and then != about:
             for old in [self.path, self.part, *self._journals()]:
@@ -218,17 +215,18 @@ class Rows:
         elif then or self.path.exists():
             check_same(then, about, self.path)
         write_atomically(self.about, lambda f: f.write(json.dumps(about, indent=1).encode()))
+        if self.path.exists() or not self.part.exists():  # a kill in `finish` leaves them
+            for old in [self.part, *self._journals()]:
+                old.unlink(missing_ok=True)
         if not self.path.exists() and not self.part.exists():
-            for old in self._journals():
-                old.unlink()
             shape, dtype = self.row
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (self.n, *shape)}
             write_atomically(self.part, lambda f: np.lib.format.write_array_header_1_0(f, header))
 
     def _unlock(self):
-        if self.rank == 0:
+        if self.lock is not None:
             Path(f"{self.path}.lock").unlink(missing_ok=True)
-            os.close(self.lock)
+            self.lock.close()
 
     def mine(self, batch_size):
         """The missing rows of this rank, a run of neighbours, in batches."""
@@ -293,6 +291,7 @@ def write_pngs(folder, draw, num, batch_size, about, overwrite, rank, world):
     if rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            held = lock(folder / ".lock", f"another process is writing to {folder}; wait for it")
         except OSError as e:
             raise UserError(f"cannot write to --out {folder}: {e.strerror}") from None
         old = sorted(folder.glob("*.png"))
@@ -319,6 +318,8 @@ def write_pngs(folder, draw, num, batch_size, about, overwrite, rank, world):
             write_atomically(folder / f"{i:06d}.png", lambda f, image=image: Image.fromarray(image).save(f, "PNG"))
     if world > 1:
         dist.barrier()
+    if rank == 0:
+        held.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- CLI

@@ -2,6 +2,9 @@
 
 Every part against a closed form, a hand value or an independent computation; every script end to end on small work.
 `python test_smoke.py NAME ...` runs the tests whose names contain one of the words.
+
+`python test_smoke.py --slow` runs the tests named slow_* too: real processes that are killed, stopped and starved, and
+ranks that fail, for about 20 minutes on one idle core. `--slow slow_` runs these alone, `--slow slow_kills` one of them.
 """
 import atexit
 import collections
@@ -14,9 +17,12 @@ import http.client
 import io
 import json
 import math
+import multiprocessing
 import operator
 import os
 import pickle
+import re
+import resource
 import shutil
 import signal
 import struct
@@ -289,6 +295,34 @@ def test_gan_losses():
     assert losses.adaptive_weight(w.sum() * 1e9, 0 * w.sum(), w).item() == 1e4
 
 
+def test_a_collapsed_discriminator_shows_in_the_log():
+    """One answer for every image: it is right on the real or on the fake ones, and the adaptive weight is at its clamp.
+    One that tells them apart is right on both."""
+    tok, args = Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]), tt.parse(["--preset", "tiny"])
+
+    def logged(discriminator):
+        s = SimpleNamespace(tokenizer=tok, generator=tok, discriminator=discriminator, critic=discriminator,
+                            reference=None, lpips=None, autocast=contextlib.nullcontext)
+        log = tt.training_step(torch.ones(2, 3, 32, 32), s, args, gan=True, last=True)
+        return [log[k].item() for k in ("d_real", "d_fake", "adaptive")]
+
+    class Brightness(torch.nn.Module):  # x is 1 everywhere, its reconstruction is not
+        def forward(self, x):
+            return x.mean((1, 2, 3)) - 0.9 + 0 * self.unused
+
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(()))
+
+    collapsed = losses.PatchGAN(16)
+    for bias, right in ((0.5, [1, 0]), (-0.5, [0, 1])):
+        torch.nn.init.zeros_(collapsed.main[-1].weight)
+        torch.nn.init.constant_(collapsed.main[-1].bias, bias)
+        assert logged(collapsed) == [*right, 1e4]
+    *right, adaptive = logged(Brightness())
+    assert right == [1, 1] and 0 < adaptive < 1e4
+
+
 def test_semantic_preservation():
     z = torch.tensor([[[[1.0]], [[0.0]]]], requires_grad=True)
     ref = torch.tensor([[[[0.0]], [[2.0]]]], requires_grad=True)
@@ -421,6 +455,10 @@ def test_order():
         iterator = iter(tt.Order(10, 4, (0, "order"), **kw))
         return [next(iterator) for _ in range(steps * kw.get("accum", 1))]
 
+    for world in (1, 2, 3):  # 10 images: no rank's share of an epoch is as large as another's
+        ranks = [iter(tt.Order(10, 6, (0, "order"), rank=r, world=world)) for r in range(world)]
+        seen = [item for _ in range(5) for rank in ranks for item in next(rank)]
+        assert sorted(seen) == [(epoch, i) for epoch in range(3) for i in range(10)], world
     whole = functools.reduce(operator.iadd, stream(5), [])
     assert sorted(i for _, i in whole[:10]) == list(range(10)) and sorted(i for _, i in whole[10:]) == list(range(10))
     assert [e for e, _ in whole] == [0] * 10 + [1] * 10 and [i for _, i in whole[:10]] != [i for _, i in whole[10:]]
@@ -568,7 +606,10 @@ def test_resume_is_exact():
     tt.main([*flags, "--out", str(root / "b"), "--steps", "5", "--workers", "1"])
     a, b = (load_file(root / r / "stage2_step00000005.pt") for r in "ab")
     assert same(a, b) is None, same(a, b)
-    assert (root / "a" / "log.csv").read_text() == (root / "b" / "log.csv").read_text()
+    (root / "b" / "stage2.pt").unlink()  # as if killed while it was validated: row 5 is no multiple of --log-every
+    tt.main([*flags, "--out", str(root / "b"), "--steps", "5"])
+    assert same(*(load_file(root / r / "stage2.pt") for r in "ab")) is None
+    assert (root / "a" / "log.csv").read_bytes() == (root / "b" / "log.csv").read_bytes()
     changed = error_of(tt.main, [*flags, "--out", str(root / "b"), "--steps", "5", "--lr", "0.1", "--w-sp", "2"])
     assert "lr 0.001 -> 0.1" in changed and "w_sp 1.0 -> 2.0" in changed and "batch" not in changed
     (root / "b" / "stage2.pt").unlink()
@@ -577,6 +618,115 @@ def test_resume_is_exact():
     newest.write_bytes(newest.read_bytes()[:1000])  # a damaged checkpoint: the one before it serves
     tt.main([*flags, "--out", str(root / "b"), "--steps", "5"])
     assert same(a, load_file(newest)) is None
+
+
+def test_run_folder():
+    """log.csv has its header and whole rows whatever a kill left; two checkpoints stay; a damaged one is never `good`."""
+    with folder() as d:
+        (d / ".a_step00000009.pt.part").write_bytes(b"half")
+        (d / "log.csv").touch()
+        with tt.Run(d, 0, ["stage", "step", "loss"]) as run:
+            run.rewind_log(1, 0)
+            for step in range(1, 5):
+                run.log({"stage": 1, "step": step, "loss": 1 / 3})
+                run.save("a", step, {"run": {}, "step": step})
+            assert run.last_good("a").name == "a_step00000004.pt"
+            run.rewind_log(1, 2)
+            assert (d / "log.csv").read_bytes() == b"stage,step,loss\n1,1,0.333333\n1,2,0.333333\n"
+            with full_disk(50), refused("cannot write", "log.csv", "File too large"):
+                run.log({"stage": 1, "step": 3, "loss": 1 / 3})
+            run.rewind_log(1, 3)
+            assert (d / "log.csv").read_bytes() == b"stage,step,loss\n1,1,0.333333\n1,2,0.333333\n"
+        (d / "a_step00000004.pt").write_bytes(b"half")
+        with tt.Run(d, 0, []) as run:
+            assert run.resume("a", {})["step"] == 3 and run.last_good("a").name == "a_step00000003.pt"
+            assert run.last_good("b") == "none"
+        assert {p.name for p in d.iterdir()} == {".lock", "log.csv", "a_step00000003.pt", "a_step00000004.pt"}
+
+
+def test_signals():
+    """SIGTERM to the whole process group, loader's worker included: a checkpoint at the step boundary, a message, and the
+    run goes on to the same end. Outside the loop there is nothing to lose: it ends at once."""
+    original = losses.logit_normal
+
+    def planted(n):
+        planted.calls += 1
+        if planted.calls == 2:
+            for pid in (os.getpid(), *(worker.pid for worker in multiprocessing.active_children())):
+                os.kill(pid, signal.SIGTERM)
+            time.sleep(0.2)
+        return original(n)
+
+    with folder() as d, mini_size():
+        flags = [*mini_dit(d), "--steps", "3", "--log-every", "1", "--workers", "1"]
+        train_dit.main([*flags, "--out", str(d / "a")])
+        planted.calls, losses.logit_normal = 0, planted
+        try:
+            with refused("stopped by a signal at step 2", "dit_step00000002.pt", "repeat"):
+                train_dit.main([*flags, "--out", str(d / "b")])
+        finally:
+            losses.logit_normal = original
+        train_dit.main([*flags, "--out", str(d / "b")])
+        assert same(*(load_file(d / r / "dit_step00000003.pt") for r in "ab")) is None
+        assert (d / "a" / "log.csv").read_bytes() == (d / "b" / "log.csv").read_bytes()
+        try:
+            with tt.Run(d / "a", 0, []):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(9)
+            raise AssertionError("the signal was ignored")
+        except SystemExit as e:
+            assert "repeat the command" in e.code
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk():
+    """Wherever it strikes: one line, what was good is still there, and no half file is left."""
+    with folder() as d, mini_size():
+        shutil.copytree(small_run(), d / "tok")
+        before = {p.name: p.read_bytes() for p in (d / "tok").glob("*.p*")}
+        ours = [*SMALL, "--out", str(d / "tok"), "--stage", "1", "--steps", "4"]
+        for limit, name in ((300, "log.csv"), (10_000, "stage1_step00000004.png"), (3_000_000, "stage1_step00000004.pt")):
+            with full_disk(limit), refused("cannot write", name, "File too large"):
+                tt.main([*ours, "--grid-every", "4"])
+        after = {p.name: p.read_bytes() for p in (d / "tok").iterdir() if p.name not in ("log.csv", ".lock")}
+        assert after.pop("stage1_step00000004.png") and after == before
+
+        dit = [*mini_dit(d), "--save-every", "1", "--steps", "2", "--out", str(d / "dit")]
+        for limit, name in ((0, "latents.npy.json"), (1000, "latents.npy.part"), (5000, "dit_step00000001.pt")):
+            with full_disk(limit), refused("cannot write", name):
+                train_dit.main(dit)
+        train_dit.main(dit)
+        draw = ["--preset", "tiny", "--dit", str(d / "dit" / "dit_step00000002.pt"), "--tokenizer", str(d / "tok.pt"),
+                "--steps", "2", "--num", "8"]
+        rows = 8 * 32 * 32 * 3  # bytes; then it is packed, with the zip's directory
+        for out, limit, name in (("s.npz", rows - 1, "s.npz.part"), ("s.npz", rows + 200, "s.npz"), ("p", 1000, "p/000000.png")):
+            with full_disk(limit), refused("cannot write", str(d / name)):
+                sample.main([*draw, "--out", str(d / out)])
+        assert [p.name for p in (d / "p").iterdir() if p.suffix == ".part"] == [] and not (d / "s.npz").exists()
+        sample.main([*draw, "--out", str(d / "s.npz"), "--grid", str(d / "grid.png")])
+        good = (d / "grid.png").read_bytes()
+        with full_disk(500), refused("cannot write", "grid.png"):
+            sample.main([*draw, "--grid", str(d / "grid.png")])
+        assert (d / "grid.png").read_bytes() == good
+
+        torch.save(DINOv2(**ENCODERS["tiny14"]).state_dict(), d / "e.pth")
+        figure = [str(d / "s.npz"), str(d / "s.npz"), "--features", "dinov2", "--encoder", str(d / "e.pth")]
+        for flag, name in (("--json", "f.json"), ("--save-stats", "f.npz")):
+            with full_disk(100), refused("cannot write", name, "File too large"):
+                fid.main([*figure, flag, str(d / name)])
+            with refused("cannot write", "f.json"):
+                fid.main([*figure, flag, str(d / "e.pth" / "f.json")])  # a path under a file
+        assert not [p.name for p in d.iterdir() if p.name.startswith((".", "f."))]
 
 
 def test_two_ranks_equal_one_process():
@@ -1373,7 +1523,7 @@ def test_positions_against_loops():
                     assert abs(y[n, i + 1] - (x[n, i + 1] * math.cos(angle) + x[n, i] * math.sin(angle))) < 1e-5
 
 
-def looped_dit(S, z, t, y, heads):
+def plain_dit(S, z, t, y, heads):
     """LightningDiT from its published description, patch 1, on a state dict in fp64; explicit softmax, no modules."""
     def linear(name, x):
         return x @ S[f"{name}.weight"].T + S[f"{name}.bias"]
@@ -1416,7 +1566,7 @@ def test_dit_numerics():
     for side in ((4, 4), (3, 5)):
         z, t, y = torch.randn(3, 4, *side), torch.rand(3), torch.tensor([0, 7, 10])
         with torch.no_grad():
-            got, want = model(z, t, y), looped_dit(S, z.double(), t.double(), y, heads=2)
+            got, want = model(z, t, y), plain_dit(S, z.double(), t.double(), y, heads=2)
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
@@ -1580,8 +1730,9 @@ def test_rows():
         with refused("No space", "rows.npy"):
             rows.write([3], values[[3]])
         assert not path.exists()
-        for f in (good, rows.rows, rows.lock):
+        for f in (good, rows.rows):
             os.close(f)
+        rows.lock.close()
         with refused("tokenizer a -> b"):
             sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"})
         rows = sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "a"})
@@ -1591,7 +1742,10 @@ def test_rows():
         rows.finish()
         assert (np.load(path, mmap_mode="r") == values).all()
         assert sorted(p.name for p in d.iterdir()) == ["rows.npy", "rows.npy.json"]
+        for left in ("rows.npy.part", "rows.npy.done0"):  # by a kill just before the end
+            (d / left).touch()
         assert sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "a"}).complete
+        assert sorted(p.name for p in d.iterdir()) == ["rows.npy", "rows.npy.json"]
         with refused("tokenizer a -> b"):
             sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"})
         assert not sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"}, overwrite=True).complete
@@ -1624,6 +1778,9 @@ def test_sample_files():
         (d / "pngs" / "sampling.json").write_text('{"seed": 0')
         with refused("sampling.json"):
             sample.main([*ours, "--out", str(d / "pngs")])
+        for out, locked in (("s.npz", "s.npz.lock"), ("pngs", "pngs/.lock")):
+            with tt.lock(d / locked, ""), refused("another process", out):
+                sample.main([*ours, "--out", str(d / out)])
 
 
 def test_sample_errors():
@@ -1671,22 +1828,26 @@ def write_shapes(root, n=24, size=32):
     return str(root)
 
 
+def mini_dit(d):
+    """Flags of train_dit.py for a tokenizer and 24 images that are written to folder d."""
+    return ["--preset", "tiny", "--model", "mini", "--tokenizer", save_tokenizer(small_tokenizer(), d / "tok.pt"),
+            "--size", "32", "--data", write_shapes(d / "data" / "train"), "--val", write_shapes(d / "data" / "val"),
+            "--batch-size", "8", "--dtype", "fp32", "--grid-every", "99", "--save-every", "99"]
+
+
 def test_train_dit():
     """Bit-exact resume in fp32; the cache against encoding on the fly; what must be refused."""
     with folder() as d, mini_size():
-        tokenizer = small_tokenizer()
-        ours = ["--preset", "tiny", "--model", "mini", "--tokenizer", save_tokenizer(tokenizer, d / "tok.pt"), "--size",
-                "32", "--data", write_shapes(d / "data" / "train"), "--val", write_shapes(d / "data" / "val"),
-                "--batch-size", "8",
-                "--dtype", "fp32", "--log-every", "1", "--grid-every", "99", "--save-every", "99"]
+        tokenizer, ours = small_tokenizer(), [*mini_dit(d), "--log-every", "3"]
         train_dit.main([*ours, "--out", str(d / "a"), "--steps", "4"])
         train_dit.main([*ours, "--out", str(d / "b"), "--steps", "2"])
         shutil.copytree(d / "b", d / "c")  # as a new process: the first one holds its folder's lock
-        train_dit.main([*ours, "--out", str(d / "c"), "--steps", "4"])
+        for _ in range(2):  # the second finds it complete
+            train_dit.main([*ours, "--out", str(d / "c"), "--steps", "4", "--workers", "1"])
         a, c = (torch.load(d / name / "dit_step00000004.pt", weights_only=True) for name in "ac")
         for part in ("model", "ema"):
             assert all(torch.equal(v, c[part][k]) for k, v in a[part].items())
-        assert (d / "a" / "log.csv").read_text() == (d / "c" / "log.csv").read_text()
+        assert (d / "a" / "log.csv").read_bytes() == (d / "c" / "log.csv").read_bytes()
 
         cache = np.load(d / "a" / "latents.npy", mmap_mode="r")
         data = train_dit.open_data(str(d / "data" / "train"), None, 32, 1)[0]
@@ -1720,17 +1881,248 @@ def test_train_dit():
             train_dit.main(["--preset", "tiny", "--out", str(d / "run"), *argv])
 
 
+# ------------------------------------------------------------- python test_smoke.py --slow: runs as they are in the world
+
+def start(script, *flags, ranks=0):
+    """A script in a process of its own, or in `ranks` of them under torchrun, with all their workers in one group."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    return subprocess.Popen(
+        [sys.executable, *torchrun, str(HERE / script), *map(str, flags)], text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE),
+                                                "TMPDIR": str(TMP)})
+
+
+def end(process, timeout=300):
+    """What a process says on stderr until its end; a hang is killed, and fails."""
+    try:
+        return process.communicate(timeout=timeout)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"a hang: {process.communicate()[1][-2000:]}") from None
+
+
+def complete(*command, **kw):
+    process = start(*command, **kw)
+    text = end(process)
+    assert process.returncode == 0, text[-3000:]
+
+
+def sizes(folder):
+    """Name -> size of all files below a folder, while others write and rename there."""
+    found = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            found[str(path.relative_to(folder))] = path.stat().st_size
+    return found
+
+
+def assert_alike(a, b):
+    """Two folders hold the same files: checkpoints bit by bit, all others byte by byte; and nothing half-written."""
+    names = [{name for name in sizes(root) if not name.endswith(".lock")} for root in (a, b)]
+    assert names[0] == names[1], names[0] ^ names[1]
+    for name in sorted(names[0]):
+        if name.endswith(".pt"):
+            differs = same(load_file(a / name), load_file(b / name))
+            assert differs is None, (name, differs)
+        elif (a / name).is_file():
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def kill_until_complete(r, out, *command, most=40):
+    """Repeats a command, killed at a random moment after its first files, every other time at one when a file is being
+    written, until it ends by itself. Returns how often which file was being written at a kill ("": none)."""
+    hit = collections.Counter()
+    while True:
+        aimed = r.random() < 0.5
+        process, before, left = start(*command, "--out", out), sizes(out.parent), r.integers(1, 4 if aimed else most)
+        while process.poll() is None and left > 0:
+            time.sleep(0.003)
+            now = sizes(out.parent)
+            left -= now != before and (not aimed or any(Path(f).name[0] == "." and f.endswith(".part") for f in now))
+            before = now
+        time.sleep(0 if aimed else r.uniform(0, 0.1))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        text = end(process)
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0, text[-3000:]
+            return hit
+        parts = [re.sub("[0-9]+", "*", Path(f).name) for f in sizes(out.parent) if f.endswith(".part")]
+        hit[min(parts, default="")] += 1  # a name with a dot comes first: of write_atomically
+
+
+SLOW = [*SMALL, "--grid-every", "3", "--log-every", "3", "--save-every", "1", "--steps", "4"]
+
+
+def tiny_dit(tok, *more):
+    return ["train_dit.py", "--preset", "tiny", "--tokenizer", tok, "--val-images", "24", "--batch-size", "4", "--dtype",
+            "fp32", "--log-every", "3", "--save-every", "1", "--grid-every", "3", "--steps", "6", *more]
+
+
+def slow_kills():
+    """SIGKILL at random moments, then the same command again, until it is through: the folder is that of a run that was
+    never killed. Three stages with GAN and EMA; the generator and its cache; samples as npz and as PNGs."""
+    r, hit = np.random.default_rng(0), {}
+    with folder() as d:
+        tok, dit = (d / name / "a" / "out" for name in ("tokenizer", "dit"))
+        draw = ["sample.py", "--preset", "tiny", "--dtype", "fp32", "--tokenizer", tok / "stage3.pt", "--dit",
+                dit / "dit_step00000006.pt", "--num", "40", "--batch-size", "2", "--steps", "2"]
+        for name, out, most, command in (
+                ("tokenizer", "out", 40, ["train_tokenizer.py", *SLOW]),
+                ("dit", "out", 40, tiny_dit(tok / "stage3.pt", "--data", write_shapes(d / "data", 100, 64),
+                                            "--encode-batch", "2")),
+                ("npz", "out.npz", 20, draw), ("png", "out", 20, draw)):
+            for run in "ab":
+                (d / name / run).mkdir(parents=True)
+            complete(*command, "--out", d / name / "a" / out)
+            hit[name] = kill_until_complete(r, d / name / "b" / out, *command, most=most)
+            assert_alike(d / name / "a", d / name / "b")
+    assert sum(found.total() for found in hit.values()) >= 30, hit
+    return "; ".join(f"{name}: {found.total()} kills, {dict(found)}" for name, found in hit.items())
+
+
+def slow_signals():
+    """SIGTERM and Ctrl-C, to the process, to its group with the loader's workers, to torchrun alone: a checkpoint at the
+    step boundary, a message, and bit for bit the end of a run that never stopped."""
+    tok = ["train_tokenizer.py", *SLOW, "--stage", "2", "--init", small_run() / "stage1.pt", "--steps", "12"]
+    with folder() as d:
+        dit = tiny_dit(small_run() / "stage3.pt", "--steps", "40", "--cache", d / "latents.npy", "--data",
+                       write_shapes(d / "data", 48, 64))
+        for command, ranks, workers, number, kill in (
+                (tok, 0, 0, signal.SIGTERM, os.kill), (tok, 0, 2, signal.SIGINT, os.killpg),
+                (dit, 0, 0, signal.SIGINT, os.kill), (dit, 0, 2, signal.SIGTERM, os.killpg),
+                (tok, 2, 1, signal.SIGTERM, os.kill), (dit, 2, 1, signal.SIGTERM, os.kill)):
+            command = [*command, "--log-every", "1", "--save-every", "99", "--workers", workers, "--out"]
+            complete(*command, d / "a", ranks=ranks)
+            process = start(*command, d / "b", ranks=ranks)
+            while process.poll() is None and not ((d / "b" / "log.csv").exists() and len(rows_of(d / "b")) > 2):
+                time.sleep(0.01)
+            kill(process.pid, number)
+            text = end(process)
+            assert process.returncode == 1 and text.count("stopped by a signal at step") == max(1, ranks), text[-3000:]
+            assert ranks or "Traceback" not in text, text[-3000:]  # torchrun itself leaves with one
+            stopped, = (d / "b").glob("*_step*.pt")
+            complete(*command, d / "b", ranks=ranks)
+            stopped.unlink()
+            assert_alike(d / "a", d / "b")
+            shutil.rmtree(d / "a"), shutil.rmtree(d / "b")
+
+
+def driver(path, change):
+    """Writes a script that runs another, its first argument, after a change to train_tokenizer.py's functions."""
+    path.write_text(f"import hashlib, importlib, os, sys\nimport torch.distributed as dist\nimport train_tokenizer as tt\n"
+                    f"{change}\ntt.run(importlib.import_module(sys.argv.pop(1)[:-3]).main)\n")
+    return path
+
+
+# Every parameter and buffer by its bits, where check_weights compares one sum. In fp64: the GAN multiplies a rounding
+# error by 10 to 100 a step, so that one fp32 process whose pixels differ by 1e-7 is off by percents after five.
+IN_FP64_EQUAL_ON_ALL_RANKS = """
+import torch
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float, from_numpy = torch.Tensor.double, torch.from_numpy
+torch.from_numpy = lambda a: from_numpy(a).double() if a.dtype.kind == "f" else from_numpy(a)
+def check(module, *args):
+    if dist.is_initialized():
+        bits, every = b"".join(v.numpy().tobytes() for v in module.state_dict().values()), [None] * dist.get_world_size()
+        dist.all_gather_object(every, hashlib.sha256(bits).hexdigest())
+        assert len(set(every)) == 1, "ranks differ"
+tt.check_weights = check
+"""
+
+AT_THE_FOURTH_BATCH_OF_RANK_1 = """
+import datetime, time
+tt.timedelta = lambda **_: datetime.timedelta(seconds=30)  # not 30 minutes
+batches = tt.batches
+def planted(view, *args):
+    for k, batch in enumerate(batches(view, *args), 1):
+        if k == 4 and os.environ["RANK"] == "1":
+            {}
+        yield batch
+tt.batches = planted
+"""
+
+
+def slow_ranks():
+    """2 and 3 processes against one, the same global batch of 6: the losses of 5 steps, in every stage and the generator;
+    at the end all ranks hold the same bits."""
+    worst = {}
+    with folder() as d:
+        fp64, stage = driver(d / "driver.py", IN_FP64_EQUAL_ON_ALL_RANKS), ["train_tokenizer.py", *SLOW, "--stage"]
+        for name, command in {
+                "stage 1": [*stage, "1"], "stage 2": [*stage, "2", "--init", small_run() / "stage1.pt"],
+                "stage 3": [*stage, "3", "--init", small_run() / "stage2.pt"],
+                "generator": tiny_dit(small_run() / "stage3.pt", "--data", write_shapes(d / "data", 48, 64),
+                                      "--cache", d / "latents.npy")}.items():
+            for ranks in (1, 2, 3):
+                complete(fp64, *command, "--steps", "5", "--batch-size", "6", "--log-every", "1", "--grid-every", "99",
+                         "--out", d / name / str(ranks), ranks=ranks)
+                for one, many in zip(rows_of(d / name / "1"), rows_of(d / name / str(ranks)), strict=True):
+                    difference = [abs(float(one[k]) - float(many[k])) / max(1e-2, abs(float(one[k]))) for k in one if one[k]]
+                    worst[name] = max(worst.get(name, 0), *difference)
+    assert max(worst.values()) < 1e-5, worst
+    return ", ".join(f"{name} {difference:.1e}" for name, difference in worst.items())
+
+
+def slow_one_rank_fails():
+    """A NaN, an unreadable image, an exception or a SIGKILL on one rank of two ends both, with a message, not a hang."""
+    seconds = {}
+    with folder() as d:
+        for data in ("data", "broken"):
+            write_shapes(d / data, 48, 64), write_shapes(d / "val", 24, 64)
+        unreadable = min((d / "broken").rglob("*.png"))
+        unreadable.write_bytes(b"not an image")
+        tok = ["train_tokenizer.py", *SLOW, "--stage", "1"]
+        dit = tiny_dit(small_run() / "stage3.pt", "--cache", d / "latents.npy", "--encode-batch", "48")
+        for fault, action, data, commands, words in (
+                ("NaN", "batch[0].view(-1)[0] = float('nan')", "data", (tok, dit),
+                 ("error: the loss is not finite since step 4", "_step00000003.pt")),
+                ("exception", "raise ValueError('planted')", "data", (tok, dit), ("planted",)),
+                ("SIGKILL", "os.kill(os.getpid(), 9)", "data", (tok, dit), ("Signal 9",)),
+                ("hang", "time.sleep(999)", "data", (tok,), ("error: another rank has stopped",)),
+                ("image", "pass", "broken", (tok,), ("error: unreadable image", unreadable.name))):
+            script = driver(d / "driver.py", AT_THE_FOURTH_BATCH_OF_RANK_1.format(action))
+            for command in commands:
+                process = start(script, *command, "--data", d / data, "--val", d / "val", "--out", d / "out", "--steps",
+                                "9999", "--save-every", "3", "--log-every", "5", "--grid-every", "9999", ranks=2)
+                while process.poll() is None and not list((d / "out").glob("*_step00000003.pt")):
+                    time.sleep(0.01)
+                began = time.time()
+                text = end(process, 120)
+                seconds[fault] = max(time.time() - began, seconds.get(fault, 0))
+                assert process.returncode == 1 and all(word in text for word in words), text[-5000:]
+                assert "[rank0]" not in text, f"a traceback of the rank that is well: {text[-5000:]}"
+                saved = [load_file(path) for path in (d / "out").glob("*.pt")]
+                assert fault == "image" or [content["step"] for content in saved] == [3]
+                assert all(v.isfinite().all() for content in saved for part in ("tokenizer", "model", "ema")
+                           for v in (content.get(part) or {}).values())
+                shutil.rmtree(d / "out")
+    return ", ".join(f"{fault} {s:.0f} s" for fault, s in seconds.items())
+
+
+def slow_workers():
+    """0, 1 and 4 loader's workers: the same bits."""
+    with folder() as d:
+        for name, command in {
+                "tok": ["train_tokenizer.py", *SLOW, "--stage", "2", "--init", small_run() / "stage1.pt"],
+                "dit": tiny_dit(small_run() / "stage3.pt", "--data", write_shapes(d / "data", 48, 64))}.items():
+            for workers in (0, 1, 4):
+                complete(*command, "--workers", workers, "--out", d / f"{name}{workers}")
+                assert_alike(d / f"{name}0", d / f"{name}{workers}")
+
+
 def main():
-    tests = [(n, f) for n, f in globals().items() if n.startswith("test_") and callable(f)]
-    if sys.argv[1:]:
-        tests = [(n, f) for n, f in tests if any(word in n for word in sys.argv[1:])]
+    kinds, words = ("test_", "slow_") if "--slow" in sys.argv else "test_", [w for w in sys.argv[1:] if w != "--slow"]
+    tests = [(n, f) for n, f in globals().items() if n.startswith(kinds) and callable(f)]
+    if words:
+        tests = [(n, f) for n, f in tests if any(word in n for word in words)]
     failed, began = 0, time.time()
     for name, test in tests:
         start, said = time.time(), io.StringIO()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                test()
-            print(f"ok    {name} ({time.time() - start:.1f} s)", flush=True)
+                figures = test()
+            print(f"ok    {name} ({time.time() - start:.1f} s) {figures or ''}".rstrip(), flush=True)
         except Exception:  # noqa: BLE001, whatever a test raises is its failure
             failed += 1
             print(f"FAIL  {name}\n{said.getvalue()[-2000:]}\n{traceback.format_exc()}", flush=True)

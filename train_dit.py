@@ -47,6 +47,7 @@ from train_tokenizer import (
     rng,
     rng_states,
     run,
+    same_on_all_ranks,
     save_grid,
     setup_ranks,
     to_tensor,
@@ -207,7 +208,9 @@ def train(args, run_, rank, world, device):
             torch.set_rng_state(saved["rng"][rank % len(saved["rng"])])
         if step > args.steps:
             raise UserError(f"{run_.last_good(prefix)} is already at step {step}; --steps {args.steps} is behind it")
-    run_.rewind_log(step // args.log_every * args.log_every)  # the meter still holds what came after
+    same_on_all_ranks(step, args.out)
+    # After the last logged step: the meter still holds what came later. But the last step of all has its row.
+    run_.rewind_log(step if step == args.steps else step // args.log_every * args.log_every)
 
     model.checkpointing = args.checkpointing
     if args.compile:  # block by block and in place: keys stay
@@ -226,6 +229,7 @@ def train(args, run_, rank, world, device):
             f"  {device.type}, {str(dtype).removeprefix('torch.')}, latents {'encoded anew' if s.encode else 'cached'}")
 
     bar = tqdm(total=args.steps, initial=step, desc="generator", disable=rank != 0, mininterval=1)
+    run_.defer_signals(True)
     while step < args.steps:
         for micro in range(args.accum):
             meter.add(step + 1, training_step(next(stream), s, args, last=micro == args.accum - 1))
@@ -257,6 +261,7 @@ def train(args, run_, rank, world, device):
             raise UserError(f"stopped by a signal at step {step}; saved {run_.last_good(prefix)}; repeat the command "
                             "to go on")
     bar.close()
+    run_.defer_signals(False)
     print_0(f"complete: {run_.last_good(prefix)}")
 
 

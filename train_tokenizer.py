@@ -385,10 +385,17 @@ def collate(items):
     return default_collate(items)
 
 
+def keep_loading(_):
+    """In a loader's worker. A signal to the whole process group (a scheduler's, torchrun's, Ctrl-C's) is for the main
+    process to obey, which needs its workers up to the step boundary; they end with it."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
+
+
 def batches(view, order, workers, device):
     """Yields the batches of a view, such as (images, labels), on the device; an unreadable image ends the run, by name,
     before its step."""
-    loader = DataLoader(view, batch_sampler=order, num_workers=workers, collate_fn=collate,
+    loader = DataLoader(view, batch_sampler=order, num_workers=workers, collate_fn=collate, worker_init_fn=keep_loading,
                         pin_memory=device.type == "cuda", generator=torch.Generator())  # not torch's global one
     for batch in loader:
         if isinstance(batch, str):
@@ -460,10 +467,13 @@ def write_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as e:
+        while not isinstance(e, OSError) and e.__context__:  # torch.save hides a full disk behind a RuntimeError
+            e = e.__context__
+        raise UserError(f"cannot write {path}: {getattr(e, 'strerror', None) or str(e).splitlines()[0]}") from None
+    finally:  # gone already where all went well
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
 
 
 def save_checkpoint(path, content):
@@ -471,22 +481,36 @@ def save_checkpoint(path, content):
     write_atomically(path, lambda f: torch.save(content, f))
 
 
+def lock(path, message):
+    """Opens and locks a file, until it is closed or forgotten, or the process ends, in whatever way. Raises
+    UserError(message) where another holds it."""
+    file = open(path, "a")  # noqa: SIM115, the caller closes it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(file.fileno()).st_nlink:  # the other has just finished, and deleted it
+            raise BlockingIOError
+    except BlockingIOError:
+        raise UserError(message) from None
+    return file
+
+
 class Run:
     """A folder with its log.csv and its checkpoints PREFIX_step*.pt, of which the last two are kept. Rank 0 writes.
 
-    To be used in a `with`: the folder is locked meanwhile, and SIGTERM and Ctrl-C set `stopping`, which the loop obeys
-    at the next step boundary."""
+    To be used in a `with`: the folder is locked meanwhile. SIGTERM and Ctrl-C end the run at once where that loses
+    nothing (set-up, cache, validation); in the loop, between defer_signals(True) and (False), they set `stopping`,
+    which the loop obeys at the next step boundary."""
 
     def __init__(self, out, rank, columns):
         self.out, self.rank, self.columns = Path(out), rank, columns
-        self.stopping, self.lock = False, None
+        self.stopping, self.deferring, self.lock, self.good = False, False, None, {}
         if rank == 0:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
-                self.lock = os.open(self.out / ".lock", os.O_RDWR | os.O_CREAT)
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another run is writing to {out}; choose another --out or wait for it") from None
+                self.lock = lock(self.out / ".lock", f"another run is writing to {out}; choose another --out or wait "
+                                                     "for it")
+                for part in self.out.glob(".*_step*.part"):  # of a run that was killed; other names are written over
+                    part.unlink()
             except OSError as e:
                 raise UserError(f"cannot write to --out {out}: {e.strerror}") from None
 
@@ -498,12 +522,17 @@ class Run:
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         if self.lock is not None:
-            os.close(self.lock)
+            self.lock.close()
 
     def _stop(self, number, _):
-        if self.stopping and number == signal.SIGINT:  # a second Ctrl-C does not wait; SIGTERM may well come twice
-            sys.exit(1)
+        if not self.deferring or self.stopping and number == signal.SIGINT:  # a second Ctrl-C does not wait either
+            sys.exit("error: stopped by a signal; repeat the command to go on")
         self.stopping = True
+
+    def defer_signals(self, yes):
+        self.deferring = yes
+        if self.stopping and not yes:
+            self._stop(None, None)
 
     def should_stop(self):
         """Whether any rank was asked to stop; a flag on the CPU, so that no GPU waits."""
@@ -517,10 +546,14 @@ class Run:
         return sorted(self.out.glob(f"{prefix}_step*.pt"))
 
     def save(self, prefix, step, content):
+        path = self.out / f"{prefix}_step{step:08d}.pt"
         if self.rank == 0:
-            save_checkpoint(self.out / f"{prefix}_step{step:08d}.pt", content)
+            save_checkpoint(path, content)
             for old in self.checkpoints(prefix)[:-2]:
                 old.unlink()
+        if dist.is_initialized():
+            dist.barrier()  # torchrun kills them all when one has left: nobody leaves before it is written
+        self.good[prefix] = path
 
     def resume(self, prefix, now):
         """The content of the newest good checkpoint, or None. `now`: the arguments that must be the same as then."""
@@ -531,6 +564,7 @@ class Run:
                 print(f"WARNING: {e}; trying the checkpoint before it", file=sys.stderr)
                 continue
             check_same(content["run"], now, path)
+            self.good[prefix] = path
             return content
         if self.checkpoints(prefix):
             raise UserError(f"no checkpoint {prefix}_step*.pt in {self.out} can be read; --overwrite starts again")
@@ -545,23 +579,24 @@ class Run:
             dist.barrier()  # nobody resumes from what is being deleted
 
     def last_good(self, prefix):
-        return max(self.checkpoints(prefix), default="none")
+        return self.good.get(prefix, "none")
 
     def log(self, row):
         if self.rank == 0:
-            new = not (self.out / "log.csv").exists()
-            with open(self.out / "log.csv", "a", newline="") as f:
-                writer = csv.DictWriter(f, self.columns)
-                if new:
-                    writer.writeheader()
-                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            try:
+                with open(self.out / "log.csv", "a", newline="") as f:
+                    csv.DictWriter(f, self.columns, lineterminator="\n").writerow(
+                        {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            except OSError as e:
+                raise UserError(f"cannot write {self.out / 'log.csv'}: {e.strerror}") from None
 
     def rewind_log(self, *position):
-        """Keeps the rows up to a position, the values of the first columns, such as (stage, step)."""
-        log = self.out / "log.csv"
-        if self.rank == 0 and log.exists():
-            head, *rows = log.read_text().splitlines(keepends=True) or [""]
-            if head.strip() != ",".join(self.columns):
+        """Keeps the header, or writes it, and the rows up to a position, the values of the first columns, such as
+        (stage, step)."""
+        log, header = self.out / "log.csv", ",".join(self.columns)
+        if self.rank == 0:
+            head, *rows = log.exists() and log.read_text().splitlines(keepends=True) or [f"{header}\n"]
+            if head.strip() != header:
                 raise UserError(f"{log} has other columns than this run writes; move it away or choose another --out")
             rows = [r for r in rows if r.endswith("\n") and tuple(map(int, r.split(",")[:len(position)])) <= position]
             write_atomically(log, lambda f: f.write("".join([head, *rows]).encode()))
@@ -683,11 +718,13 @@ def run(main):
         main()
     except UserError as e:
         sys.exit(f"error: {' '.join(str(e).splitlines())}")  # one line, whatever a file is called
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
     except RuntimeError as e:
         if str(e).startswith("DataLoader worker"):  # its signal may come anywhere in main
             sys.exit(f"error: a process that loads images has died, for want of memory perhaps (fewer --workers?): {e}")
-        if dist.is_initialized() and "closed by peer" in str(e):  # gloo: another rank has left, and has said why
-            sys.exit("error: another rank has stopped")
+        if dist.is_initialized() and any(words in str(e) for words in ("by peer", "Broken pipe", "Timed out")):
+            sys.exit("error: another rank has stopped")  # gloo: it has left, and said why, or it hangs
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1025,7 +1062,8 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
         raise UserError(f"{final} is at step {done['step']} of {steps}, but the {prefix}_step*.pt to resume from are "
                         "gone; --overwrite starts the stage again")
     same_on_all_ranks(s.step, args.out)
-    run_.rewind_log(stage, s.step // args.log_every * args.log_every)  # the meter still holds what came after
+    # After the last logged step: the meter still holds what came later. But the last step of all has its row.
+    run_.rewind_log(stage, s.step if s.step == steps else s.step // args.log_every * args.log_every)
 
     if args.checkpointing:
         s.tokenizer.checkpoint_activations()
@@ -1040,6 +1078,7 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
     describe_stage(stage, s, args, data, world, device)
 
     bar = tqdm(total=steps, initial=s.step, desc=prefix, disable=rank != 0, mininterval=1)
+    run_.defer_signals(True)
     while s.step < steps:
         gan = args.w_g > 0 and s.steps_before + s.step >= args.disc_start
         for micro in range(args.accum):
@@ -1076,6 +1115,7 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
             raise UserError(f"stopped by a signal at step {s.step} of {prefix}; saved {run_.last_good(prefix)}; "
                             "repeat the command to go on")
     bar.close()
+    run_.defer_signals(False)
     # The others wait while rank 0 validates, which may take longer than a collective may
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if dist.is_initialized() else None
     if rank == 0:
