@@ -4,7 +4,7 @@ Every part against a closed form, a hand value or an independent computation; ev
 `python test_smoke.py NAME ...` runs the tests whose names contain one of the words.
 
 `python test_smoke.py --slow` runs the tests named slow_* too: real processes that are killed, stopped and starved, and
-ranks that fail, for about 20 minutes on one idle core. `--slow slow_` runs these alone, `--slow slow_kills` one of them.
+ranks that fail, for about 20 minutes on one idle core. `--slow slow_` runs these alone, `--slow slow_kills` one.
 """
 import atexit
 import collections
@@ -621,7 +621,7 @@ def test_resume_is_exact():
 
 
 def test_run_folder():
-    """log.csv has its header and whole rows whatever a kill left; two checkpoints stay; a damaged one is never `good`."""
+    """log.csv has its header and whole rows whatever a kill left; two checkpoints stay; a damaged one is not `good`."""
     with folder() as d:
         (d / ".a_step00000009.pt.part").write_bytes(b"half")
         (d / "log.csv").touch()
@@ -645,8 +645,8 @@ def test_run_folder():
 
 
 def test_signals():
-    """SIGTERM to the whole process group, loader's worker included: a checkpoint at the step boundary, a message, and the
-    run goes on to the same end. Outside the loop there is nothing to lose: it ends at once."""
+    """SIGTERM to the whole process group, loader's worker included: a checkpoint at the step boundary, a message, and
+    the run goes on to the same end. Outside the loop there is nothing to lose: it ends at once."""
     original = losses.logit_normal
 
     def planted(n):
@@ -695,7 +695,8 @@ def test_full_disk():
         shutil.copytree(small_run(), d / "tok")
         before = {p.name: p.read_bytes() for p in (d / "tok").glob("*.p*")}
         ours = [*SMALL, "--out", str(d / "tok"), "--stage", "1", "--steps", "4"]
-        for limit, name in ((300, "log.csv"), (10_000, "stage1_step00000004.png"), (3_000_000, "stage1_step00000004.pt")):
+        four = "stage1_step00000004"
+        for limit, name in ((300, "log.csv"), (10_000, f"{four}.png"), (3_000_000, f"{four}.pt")):
             with full_disk(limit), refused("cannot write", name, "File too large"):
                 tt.main([*ours, "--grid-every", "4"])
         after = {p.name: p.read_bytes() for p in (d / "tok").iterdir() if p.name not in ("log.csv", ".lock")}
@@ -709,7 +710,8 @@ def test_full_disk():
         draw = ["--preset", "tiny", "--dit", str(d / "dit" / "dit_step00000002.pt"), "--tokenizer", str(d / "tok.pt"),
                 "--steps", "2", "--num", "8"]
         rows = 8 * 32 * 32 * 3  # bytes; then it is packed, with the zip's directory
-        for out, limit, name in (("s.npz", rows - 1, "s.npz.part"), ("s.npz", rows + 200, "s.npz"), ("p", 1000, "p/000000.png")):
+        for out, limit, name in (("s.npz", rows - 1, "s.npz.part"), ("s.npz", rows + 200, "s.npz"),
+                                 ("p", 1000, "p/000000.png")):
             with full_disk(limit), refused("cannot write", str(d / name)):
                 sample.main([*draw, "--out", str(d / out)])
         assert [p.name for p in (d / "p").iterdir() if p.suffix == ".part"] == [] and not (d / "s.npz").exists()
@@ -1881,15 +1883,15 @@ def test_train_dit():
             train_dit.main(["--preset", "tiny", "--out", str(d / "run"), *argv])
 
 
-# ------------------------------------------------------------- python test_smoke.py --slow: runs as they are in the world
+# ----------------------------------------------------------- python test_smoke.py --slow: runs as they are in the world
 
 def start(script, *flags, ranks=0):
     """A script in a process of its own, or in `ranks` of them under torchrun, with all their workers in one group."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
     return subprocess.Popen(
         [sys.executable, *torchrun, str(HERE / script), *map(str, flags)], text=True, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE),
-                                                "TMPDIR": str(TMP)})
+        stderr=subprocess.PIPE, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "TMPDIR": str(TMP)})
 
 
 def end(process, timeout=300):
@@ -1955,8 +1957,8 @@ SLOW = [*SMALL, "--grid-every", "3", "--log-every", "3", "--save-every", "1", "-
 
 
 def tiny_dit(tok, *more):
-    return ["train_dit.py", "--preset", "tiny", "--tokenizer", tok, "--val-images", "24", "--batch-size", "4", "--dtype",
-            "fp32", "--log-every", "3", "--save-every", "1", "--grid-every", "3", "--steps", "6", *more]
+    return ["train_dit.py", "--preset", "tiny", "--tokenizer", tok, "--val-images", "24", "--batch-size", "4",
+            "--dtype", "fp32", "--log-every", "3", "--save-every", "1", "--grid-every", "3", "--steps", "6", *more]
 
 
 def slow_kills():
@@ -1982,8 +1984,8 @@ def slow_kills():
 
 
 def slow_signals():
-    """SIGTERM and Ctrl-C, to the process, to its group with the loader's workers, to torchrun alone: a checkpoint at the
-    step boundary, a message, and bit for bit the end of a run that never stopped."""
+    """SIGTERM and Ctrl-C, to the process, to its group with the loader's workers, to torchrun alone: a checkpoint at
+    the step boundary, a message, and bit for bit the end of a run that never stopped."""
     tok = ["train_tokenizer.py", *SLOW, "--stage", "2", "--init", small_run() / "stage1.pt", "--steps", "12"]
     with folder() as d:
         dit = tiny_dit(small_run() / "stage3.pt", "--steps", "40", "--cache", d / "latents.npy", "--data",
@@ -2010,7 +2012,7 @@ def slow_signals():
 
 def driver(path, change):
     """Writes a script that runs another, its first argument, after a change to train_tokenizer.py's functions."""
-    path.write_text(f"import hashlib, importlib, os, sys\nimport torch.distributed as dist\nimport train_tokenizer as tt\n"
+    path.write_text("import hashlib, importlib, os, sys\nimport torch.distributed as dist\nimport train_tokenizer as tt\n"
                     f"{change}\ntt.run(importlib.import_module(sys.argv.pop(1)[:-3]).main)\n")
     return path
 
@@ -2024,7 +2026,8 @@ torch.Tensor.float, from_numpy = torch.Tensor.double, torch.from_numpy
 torch.from_numpy = lambda a: from_numpy(a).double() if a.dtype.kind == "f" else from_numpy(a)
 def check(module, *args):
     if dist.is_initialized():
-        bits, every = b"".join(v.numpy().tobytes() for v in module.state_dict().values()), [None] * dist.get_world_size()
+        bits = b"".join(v.numpy().tobytes() for v in module.state_dict().values())
+        every = [None] * dist.get_world_size()
         dist.all_gather_object(every, hashlib.sha256(bits).hexdigest())
         assert len(set(every)) == 1, "ranks differ"
 tt.check_weights = check
@@ -2044,8 +2047,8 @@ tt.batches = planted
 
 
 def slow_ranks():
-    """2 and 3 processes against one, the same global batch of 6: the losses of 5 steps, in every stage and the generator;
-    at the end all ranks hold the same bits."""
+    """2 and 3 processes against one, the same global batch of 6: the losses of 5 steps, in every stage and the
+    generator; at the end all ranks hold the same bits."""
     worst = {}
     with folder() as d:
         fp64, stage = driver(d / "driver.py", IN_FP64_EQUAL_ON_ALL_RANKS), ["train_tokenizer.py", *SLOW, "--stage"]
@@ -2058,14 +2061,15 @@ def slow_ranks():
                 complete(fp64, *command, "--steps", "5", "--batch-size", "6", "--log-every", "1", "--grid-every", "99",
                          "--out", d / name / str(ranks), ranks=ranks)
                 for one, many in zip(rows_of(d / name / "1"), rows_of(d / name / str(ranks)), strict=True):
-                    difference = [abs(float(one[k]) - float(many[k])) / max(1e-2, abs(float(one[k]))) for k in one if one[k]]
+                    difference = [abs(float(one[k]) - float(many[k])) / max(1e-2, abs(float(one[k])))
+                                  for k in one if one[k]]
                     worst[name] = max(worst.get(name, 0), *difference)
     assert max(worst.values()) < 1e-5, worst
     return ", ".join(f"{name} {difference:.1e}" for name, difference in worst.items())
 
 
 def slow_one_rank_fails():
-    """A NaN, an unreadable image, an exception or a SIGKILL on one rank of two ends both, with a message, not a hang."""
+    """A NaN, an unreadable image, an exception or a SIGKILL on one rank of two ends both, with a message, no hang."""
     seconds = {}
     with folder() as d:
         for data in ("data", "broken"):
