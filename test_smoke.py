@@ -2013,7 +2013,8 @@ def slow_signals():
 def driver(path, change):
     """Writes a script that runs another, its first argument, after a change to train_tokenizer.py's functions."""
     path.write_text("import hashlib, importlib, os, sys\nimport torch.distributed as dist\n"
-                    f"import train_tokenizer as tt\n{change}\ntt.run(importlib.import_module(sys.argv.pop(1)[:-3]).main)\n")
+                    f"import train_tokenizer as tt\n{change}\n"
+                    "tt.run(importlib.import_module(sys.argv.pop(1)[:-3]).main)\n")
     return path
 
 
