@@ -1895,12 +1895,15 @@ def start(script, *flags, ranks=0):
 
 
 def end(process, timeout=300):
-    """What a process says on stderr until its end; a hang is killed, and fails."""
+    """What a process says on stderr until its end; a hang is killed, and fails. Nothing of its group stays."""
     try:
         return process.communicate(timeout=timeout)[1]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"a hang: {process.communicate()[1][-2000:]}") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def complete(*command, **kw):
