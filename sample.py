@@ -192,7 +192,7 @@ class Rows:
         if self.complete:
             self._unlock()
         else:
-            with open(self.part, "rb") as f:
+            with reading(self.part, "array (delete it to start again)"), open(self.part, "rb") as f:
                 np.lib.format.read_magic(f)
                 np.lib.format.read_array_header_1_0(f)
                 self.offset = f.tell()
@@ -208,7 +208,10 @@ class Rows:
         return sorted(self.path.parent.glob(f"{self.path.name}.done*"))
 
     def _start(self, about, overwrite):
-        then = json.loads(self.about.read_text()) if self.about.exists() else {}
+        then = {}
+        if self.about.exists():
+            with reading(self.about, "record of what was being written"):
+                then = dict(json.loads(self.about.read_text()))
         if overwrite and then != about:
             for old in [self.path, self.part, *self._journals()]:
                 old.unlink(missing_ok=True)

@@ -638,10 +638,11 @@ def test_run_folder():
             run.rewind_log(1, 3)
             assert (d / "log.csv").read_bytes() == b"stage,step,loss\n1,1,0.333333\n1,2,0.333333\n"
         (d / "a_step00000004.pt").write_bytes(b"half")
+        save_checkpoint(d / "a_step00000005.pt", {"step": 5})
         with tt.Run(d, 0, []) as run:
             assert run.resume("a", {})["step"] == 3 and run.last_good("a").name == "a_step00000003.pt"
             assert run.last_good("b") == "none"
-        assert {p.name for p in d.iterdir()} == {".lock", "log.csv", "a_step00000003.pt", "a_step00000004.pt"}
+        assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *(f"a_step0000000{i}.pt" for i in (3, 4, 5))}
 
 
 def test_signals():
@@ -1751,6 +1752,10 @@ def test_rows():
         with refused("tokenizer a -> b"):
             sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"})
         assert not sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"}, overwrite=True).complete
+        for damaged in (f"{path}.part", f"{path}.json"):
+            Path(damaged).write_bytes(b"half")
+            with refused(damaged):
+                sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"})
 
 
 def test_sample_files():

@@ -560,6 +560,8 @@ class Run:
         for path in reversed(self.checkpoints(prefix)):
             try:
                 content = load_file(path)
+                if not isinstance(content.get("run"), dict):
+                    raise UserError(f"{path} is no checkpoint to resume from")
             except UserError as e:
                 print(f"WARNING: {e}; trying the checkpoint before it", file=sys.stderr)
                 continue
