@@ -864,7 +864,7 @@ class LightningDiT(nn.Module):
                             f"{self.patch}, not {d}x{H}x{W}")
         h, w = H // self.patch, W // self.patch
         pos_embed, cos, sin = self.positions(h, w)
-        x = self.x_embedder(z_t) + pos_embed  # (B, N, D)
+        x = self.x_embedder(z_t).contiguous() + pos_embed  # (B, N, D); the layout lasts through all blocks
         c = self.t_embedder(t)  # (B, D)
         if self.num_classes:
             c = c + self.y_embedder["embedding_table"](y)
