@@ -1505,7 +1505,7 @@ def slow_signals():
                 (tok, 0, 0, signal.SIGTERM, os.kill), (tok, 0, 2, signal.SIGINT, os.killpg),
                 (dit, 0, 0, signal.SIGINT, os.kill), (dit, 0, 2, signal.SIGTERM, os.killpg),
                 (tok, 2, 1, signal.SIGTERM, os.kill), (dit, 2, 1, signal.SIGTERM, os.kill)):
-            command = [*command, "--log-every", "1", "--save-every", "99", "--workers", workers, "--out"]
+            command = [*command, "--log-every", "1", "--save-every", "99", "--grid-every", "99", "--workers", workers, "--out"]
             complete(*command, d / "a", ranks=ranks)
             process = start(*command, d / "b", ranks=ranks)
             while process.poll() is None and not ((d / "b" / "log.csv").exists() and len(rows_of(d / "b")) > 2):
@@ -1620,7 +1620,7 @@ def slow_workers():
                 "tok": ["train_tokenizer.py", *SLOW, "--stage", "2", "--init", small_run() / "stage1.pt"],
                 "dit": tiny_dit(small_run() / "stage3.pt", "--data", write_shapes(d / "data", 48, 64))}.items():
             for workers in (0, 1, 4):
-                complete(*command, "--workers", workers, "--out", d / f"{name}{workers}")
+                complete(*command, "--grid-every", "99", "--workers", workers, "--out", d / f"{name}{workers}")
                 assert_alike(d / f"{name}0", d / f"{name}{workers}")
 
 
