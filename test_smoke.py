@@ -1253,6 +1253,9 @@ def test_rows():
             sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"})
         rows = sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "a"})
         assert rows.missing.tolist() == [0, 1, 3, 4, 5, 6, 8, 9]
+        assert [b.tolist() for b in rows.mine(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]  # whole batches
+        assert [b.tolist() for b in sample.share([6, 7, 9], 10, 2, 1, 2)] == [[5, 6], [7, 8], [9]]
+        assert [b.tolist() for b in sample.share([2], 3, 2, 0, 2)] == []
         for indices in rows.mine(3):
             rows.write(indices, values[indices])
         rows.finish()
@@ -1447,7 +1450,7 @@ def kill_until_complete(r, out, *command, most=40):
     hit = collections.Counter()
     while True:
         aimed = r.random() < 0.5
-        process, before, left = start(*command, "--out", out), sizes(out.parent), r.integers(1, 4 if aimed else most)
+        process, before, left = start(*command, "--out", out), sizes(out.parent), r.integers(1, most // 3 if aimed else most)
         while process.poll() is None and left > 0:
             time.sleep(0.003)
             now = sizes(out.parent)
