@@ -163,6 +163,14 @@ def load_dit(path):
         return build(LightningDiT, content.get("arguments") or dit_arguments(state), state, path).eval(), content
 
 
+def share(missing, n, batch_size, rank, world):
+    """Of n rows a rank has a run of neighbours, in batches: those batches that lack a row, whole, since the rounding of
+    sums depends on a row's batch. So a stop changes no bit."""
+    lacking = np.isin(np.arange(n), missing)
+    mine = np.array_split(np.arange(n), world)[rank]
+    return [batch for batch in np.split(mine, range(batch_size, len(mine), batch_size)) if lacking[batch].any()]
+
+
 class Rows:
     """An array of n rows on disk, filled by all ranks in any order, and continued after a stop.
 
@@ -232,9 +240,8 @@ class Rows:
             self.lock.close()
 
     def mine(self, batch_size):
-        """The missing rows of this rank, a run of neighbours, in batches."""
-        mine = np.array_split(self.missing, self.world)[self.rank]
-        return [mine[first:first + batch_size] for first in range(0, len(mine), batch_size)]
+        """The batches of this rank that lack a row."""
+        return share(self.missing, self.n, batch_size, self.rank, self.world)
 
     def write(self, indices, values):
         """Stores rows; only when they are on the disk are they noted as done."""
@@ -311,14 +318,14 @@ def write_pngs(folder, draw, num, batch_size, about, overwrite, rank, world):
         write_atomically(note, lambda f: f.write(json.dumps(about, indent=1).encode()))
     if world > 1:
         dist.barrier()
-    missing = np.array([i for i in range(num) if not (folder / f"{i:06d}.png").exists()], np.int64)
+    missing = {i for i in range(num) if not (folder / f"{i:06d}.png").exists()}
     if world > 1:
         dist.barrier()
-    mine = np.array_split(missing, world)[rank]
-    for first in tqdm(range(0, len(mine), batch_size), desc="sampling", disable=rank != 0, mininterval=1):
-        indices = mine[first:first + batch_size]
+    mine = share(list(missing), num, batch_size, rank, world)
+    for indices in tqdm(mine, desc="sampling", disable=rank != 0, mininterval=1):
         for i, image in zip(indices, to_uint8(draw(indices))):
-            write_atomically(folder / f"{i:06d}.png", lambda f, image=image: Image.fromarray(image).save(f, "PNG"))
+            if i in missing:
+                write_atomically(folder / f"{i:06d}.png", lambda f, image=image: Image.fromarray(image).save(f, "PNG"))
     if world > 1:
         dist.barrier()
     if rank == 0:

@@ -1740,6 +1740,9 @@ def test_rows():
             sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "b"})
         rows = sample.Rows(path, 10, (2, 3), np.float16, {"tokenizer": "a"})
         assert rows.missing.tolist() == [0, 1, 3, 4, 5, 6, 8, 9]
+        assert [b.tolist() for b in rows.mine(3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]  # whole batches
+        assert [b.tolist() for b in sample.share([6, 7, 9], 10, 2, 1, 2)] == [[5, 6], [7, 8], [9]]
+        assert [b.tolist() for b in sample.share([2], 3, 2, 0, 2)] == []
         for indices in rows.mine(3):
             rows.write(indices, values[indices])
         rows.finish()
@@ -1944,7 +1947,7 @@ def kill_until_complete(r, out, *command, most=40):
     hit = collections.Counter()
     while True:
         aimed = r.random() < 0.5
-        process, before, left = start(*command, "--out", out), sizes(out.parent), r.integers(1, 4 if aimed else most)
+        process, before, left = start(*command, "--out", out), sizes(out.parent), r.integers(1, most // 3 if aimed else most)
         while process.poll() is None and left > 0:
             time.sleep(0.003)
             now = sizes(out.parent)
@@ -2002,7 +2005,7 @@ def slow_signals():
                 (tok, 0, 0, signal.SIGTERM, os.kill), (tok, 0, 2, signal.SIGINT, os.killpg),
                 (dit, 0, 0, signal.SIGINT, os.kill), (dit, 0, 2, signal.SIGTERM, os.killpg),
                 (tok, 2, 1, signal.SIGTERM, os.kill), (dit, 2, 1, signal.SIGTERM, os.kill)):
-            command = [*command, "--log-every", "1", "--save-every", "99", "--workers", workers, "--out"]
+            command = [*command, "--log-every", "1", "--save-every", "99", "--grid-every", "99", "--workers", workers, "--out"]
             complete(*command, d / "a", ranks=ranks)
             process = start(*command, d / "b", ranks=ranks)
             while process.poll() is None and not ((d / "b" / "log.csv").exists() and len(rows_of(d / "b")) > 2):
@@ -2120,7 +2123,7 @@ def slow_workers():
                 "tok": ["train_tokenizer.py", *SLOW, "--stage", "2", "--init", small_run() / "stage1.pt"],
                 "dit": tiny_dit(small_run() / "stage3.pt", "--data", write_shapes(d / "data", 48, 64))}.items():
             for workers in (0, 1, 4):
-                complete(*command, "--workers", workers, "--out", d / f"{name}{workers}")
+                complete(*command, "--grid-every", "99", "--workers", workers, "--out", d / f"{name}{workers}")
                 assert_alike(d / f"{name}0", d / f"{name}{workers}")
 
 
