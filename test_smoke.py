@@ -1947,7 +1947,8 @@ def kill_until_complete(r, out, *command, most=40):
     hit = collections.Counter()
     while True:
         aimed = r.random() < 0.5
-        process, before, left = start(*command, "--out", out), sizes(out.parent), r.integers(1, most // 3 if aimed else most)
+        process, before = start(*command, "--out", out), sizes(out.parent)
+        left = r.integers(1, most // 3 if aimed else most)
         while process.poll() is None and left > 0:
             time.sleep(0.003)
             now = sizes(out.parent)
@@ -2005,7 +2006,8 @@ def slow_signals():
                 (tok, 0, 0, signal.SIGTERM, os.kill), (tok, 0, 2, signal.SIGINT, os.killpg),
                 (dit, 0, 0, signal.SIGINT, os.kill), (dit, 0, 2, signal.SIGTERM, os.killpg),
                 (tok, 2, 1, signal.SIGTERM, os.kill), (dit, 2, 1, signal.SIGTERM, os.kill)):
-            command = [*command, "--log-every", "1", "--save-every", "99", "--grid-every", "99", "--workers", workers, "--out"]
+            command = [*command, "--log-every", "1", "--save-every", "99", "--grid-every", "99", "--workers", workers,
+                       "--out"]
             complete(*command, d / "a", ranks=ranks)
             process = start(*command, d / "b", ranks=ranks)
             while process.poll() is None and not ((d / "b" / "log.csv").exists() and len(rows_of(d / "b")) > 2):
