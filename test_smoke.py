@@ -4,7 +4,7 @@ Every part against a closed form, a hand value or an independent computation; ev
 `python test_smoke.py NAME ...` runs the tests whose names contain one of the words.
 
 `python test_smoke.py --slow` runs the tests named slow_* too: real processes that are killed, stopped and starved, and
-ranks that fail, for about 20 minutes on one idle core. `--slow slow_` runs these alone, `--slow slow_kills` one.
+ranks that fail; 40 minutes on one busy core. `--slow slow_` runs these alone, `--slow slow_kills` one of them.
 """
 import atexit
 import collections
@@ -653,8 +653,8 @@ def test_signals():
     def planted(n):
         planted.calls += 1
         if planted.calls == 2:
-            for pid in (os.getpid(), *(worker.pid for worker in multiprocessing.active_children())):
-                os.kill(pid, signal.SIGTERM)
+            group = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+            subprocess.run(["kill", *map(str, group)], check=True)  # a worker would take its parent's signal for an order
             time.sleep(0.2)
         return original(n)
 
