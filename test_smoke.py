@@ -654,7 +654,7 @@ def test_signals():
         planted.calls += 1
         if planted.calls == 2:
             group = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
-            subprocess.run(["kill", *map(str, group)], check=True)  # a worker would take its parent's signal for an order
+            subprocess.run(["kill", *map(str, group)], check=True)  # a worker would obey its parent's signal
             time.sleep(0.2)
         return original(n)
 
