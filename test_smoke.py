@@ -4,7 +4,7 @@ Every part against a closed form, a hand value or an independent computation; ev
 `python test_smoke.py NAME ...` runs the tests whose names contain one of the words.
 
 `python test_smoke.py --slow` runs the tests named slow_* too: real processes that are killed, stopped and starved, and
-ranks that fail; 40 minutes on one busy core. `--slow slow_` runs these alone, `--slow slow_kills` one of them.
+ranks that fail; 23 minutes on one busy core. `--slow slow_` runs these alone, `--slow slow_kills` one of them.
 """
 import atexit
 import collections
