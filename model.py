@@ -22,6 +22,7 @@ import shutil
 import urllib.request
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -254,7 +255,6 @@ class DINOv2(nn.Module):
         if dim % 64:
             raise ValueError(f"width {dim} is not divisible by 64, the width of a head")
         self.dim, self.grid = dim, grid
-        self.checkpointing = False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
         if registers:
@@ -306,7 +306,7 @@ class DINOv2(nn.Module):
         if self.registers:  # they carry no position
             x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], dim=1)  # (B, 1+4+N, D)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            x = block(x)
         x = self.norm(x)
         return x[:, 0], x[:, 1 + self.registers:]
 
@@ -495,7 +495,6 @@ class Encoder(nn.Module):
 
     def __init__(self, d=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2):
         super().__init__()
-        self.checkpointing = False
         widths = [ch * m for m in ch_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
@@ -509,7 +508,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))  # (B, ch, H, W)
         for part in (*self.down, self.mid):
-            x = checkpoint(part, x, use_reentrant=False) if self.checkpointing and self.training else part(x)
+            x = part(x)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 2d, h, w)
 
 
@@ -518,7 +517,6 @@ class Decoder(nn.Module):
 
     def __init__(self, d=32, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2):
         super().__init__()
-        self.checkpointing = False
         widths = [ch * m for m in ch_mult]
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(d, widths[-1], 3, padding=1)
@@ -533,7 +531,7 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = self.conv_in(z.contiguous(memory_format=torch.channels_last))  # (B, 4*ch, h, w)
         for part in (self.mid, *reversed(self.up)):
-            x = checkpoint(part, x, use_reentrant=False) if self.checkpointing and self.training else part(x)
+            x = part(x)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
 
 
@@ -568,9 +566,6 @@ class LatentSpace(nn.Module):
     def encode(self, x):
         """Images (B, 3, H, W) in [-1, 1] -> z0 (B, d, h, w), not normalised."""
         return self.adapt(self.features(x), x.shape[-2] // self.factor, x.shape[-1] // self.factor)
-
-    def checkpoint_activations(self, on=True):
-        self.encoder.checkpointing = self.decoder.checkpointing = on
 
     def fingerprint(self):
         """A short hash of all that makes the latents: encoder, adapter, statistics. Stage 3 does not change it."""
@@ -815,7 +810,6 @@ class LightningDiT(nn.Module):
         self.dim, self.heads, self.d, self.num_classes, self.patch = dim, heads, d, num_classes, patch
         h, w = grid
         self.grid = (h // patch, w // patch)  # in tokens
-        self.checkpointing = False
         self.x_embedder = PatchEmbed(patch, d, dim)
         self.t_embedder = TimeEmbedder(dim)
         if num_classes:
@@ -869,8 +863,7 @@ class LightningDiT(nn.Module):
         if self.num_classes:
             c = c + self.y_embedder["embedding_table"](y)
         for block in self.blocks:
-            again = self.checkpointing and self.training
-            x = checkpoint(block, x, c, cos, sin, use_reentrant=False) if again else block(x, c, cos, sin)
+            x = block(x, c, cos, sin)
         x = self.final_layer(x, c)  # (B, N, p*p*d)
         return x.view(B, h, w, self.patch, self.patch, d).permute(0, 5, 1, 3, 2, 4).reshape(B, d, H, W)
 
@@ -886,6 +879,14 @@ def dit_arguments(state):
                 "heads": dim // head_dim, "d": d, "num_classes": 0 if table is None else len(table) - 1,
                 "grid": [math.isqrt(tokens) * patch] * 2, "patch": patch,
                 "qk_norm": "blocks.0.attn.q_norm.weight" in state}
+
+
+def checkpoint_activations(model):
+    """Has each block of any of the networks above keep its input only, and recompute the rest in the backward pass
+    (torch.utils.checkpoint): less memory, the same gradients, slower."""
+    for block in model.modules():
+        if isinstance(block, (Block, ResnetBlock, DiTBlock)):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 # ------------------------------------------------------------------------------------------------- named sizes

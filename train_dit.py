@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import losses
-from model import DITS, LightningDiT, UserError, load_strictly, print_0, reading
+from model import DITS, LightningDiT, UserError, checkpoint_activations, load_strictly, print_0, reading
 from sample import Rows, choose_labels, generate, grid_rows, load_tokenizer, time_grid
 from train_tokenizer import (
     Meter,
@@ -212,7 +212,8 @@ def train(args, run_, rank, world, device):
     # After the last logged step: the meter still holds what came later. But the last step of all has its row.
     run_.rewind_log(step if step == args.steps else step // args.log_every * args.log_every)
 
-    model.checkpointing = args.checkpointing
+    if args.checkpointing:
+        checkpoint_activations(model)
     if args.compile:  # block by block and in place: keys stay
         for block in model.blocks:
             block.compile()

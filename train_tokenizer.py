@@ -58,6 +58,7 @@ from model import (
     Tokenizer,
     UserError,
     build,
+    checkpoint_activations,
     find_weights,
     load_encoder,
     load_file,
@@ -1068,7 +1069,7 @@ def train_stage(stage, args, run_, data, held_out, lpips, rank, world, device):
     run_.rewind_log(stage, s.step if s.step == steps else s.step // args.log_every * args.log_every)
 
     if args.checkpointing:
-        s.tokenizer.checkpoint_activations()
+        checkpoint_activations(s.tokenizer)
     if args.compile:  # block by block and in place: keys stay, and the adaptive weight's gradient stays cheap
         for block in s.tokenizer.blocks():
             block.compile()
