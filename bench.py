@@ -1,8 +1,8 @@
 """How fast this code is, beside other implementations of the same work: python bench.py --rows encoder decoder
 
-The sides of a row take turns (ours, peer, ours, peer ...), so that the machine's moods hit them alike; ratios are of
-medians, the other's time over ours. Ours runs in --dtype auto, and where that is bf16 in fp32 too; the peers, where
-they can be imported, as they come: fp32. Weights and inputs are random.
+The sides of a row take turns (ours, peer, ours, peer ...), so that the machine's moods hit them alike; each turn runs
+the work twice and times the second. Ratios are of medians, the other's time over ours. Ours runs in --dtype auto, and
+where that is bf16 in fp32 too; the peers, where they can be imported, as they come: fp32.
 """
 import argparse
 import importlib.util
@@ -95,7 +95,6 @@ def stage2(folder):
     flags = argparse.Namespace(model="aligntok", w_p=1, w_g=0.5, w_sp=1, sp_at="adapter", sp_loss="l2", accum=1)
     s = argparse.Namespace(generator=model, tokenizer=model, critic=critic, discriminator=critic, lpips=lpips,
                            reference=frozen)
-
     image = x.clone().requires_grad_()
     parts = (lambda: model.encode(x) - frozen.encode(x), lambda: model.decode(z), lambda: lpips(x, image),
              lambda: critic(image), lambda: losses.hinge_d(critic(x), critic(x)))
@@ -179,14 +178,15 @@ def measure(row):
                 work()
             gflop[side] = counter.get_total_flops() / 1e9
         for side, work in [*sides.items()] * args.rounds:
+            work()  # memory still has the shape that another side left
             began = time.perf_counter()
             work()
             times[side].append(time.perf_counter() - began)
     median = {side: statistics.median(seconds) for side, seconds in times.items()}
     for side, seconds in median.items():
         ratios = [f"{seconds / median[s]:.2f} x {s}" for s in median if "ours" in s and "ours" not in side]
-        print(f"{row:8}  {side:14} {seconds:8.3f} s {gflop[side]:6.0f} GFLOP {gflop[side] / seconds:4.0f} GFLOP/s ",
-              ", ".join(ratios), flush=True)
+        figures = f"{seconds:8.3f} s {gflop[side]:6.0f} GFLOP {gflop[side] / seconds:4.0f} GFLOP/s"
+        print(f"{row:8}  {side:14} {figures} ", ", ".join(ratios), flush=True)
 
 
 if __name__ == "__main__":

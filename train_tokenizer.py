@@ -431,7 +431,7 @@ def wrap(module, device):
     if not dist.is_initialized():
         return module
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None,
-                                   broadcast_buffers=False)
+                                   broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def no_sync(module, skip):
