@@ -186,7 +186,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
+        # (B, heads, N, D/heads) each; by chunk, that their gradients are put together in one pass
+        q, k, v = (y.view(B, N, self.heads, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=2))
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
 
 
@@ -751,7 +752,7 @@ class RotaryAttention(nn.Module):
 
     def forward(self, x, cos, sin):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, D/heads) each
+        q, k, v = (y.view(B, N, self.heads, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=2))
         q, k = (rotate(norm(y), cos, sin) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
 

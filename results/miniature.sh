@@ -49,13 +49,26 @@ case $row in
               stage1; final=$runs/stage2.pt
               train "$final" "${stage2[@]}" "${extra[@]}" --init "$out/aligntok/stage1.pt" --out "$runs" ;;
 esac
-[ -f "$runs/recon.json" ] || python fid.py --recon "$final" "$DATA/val" "${judge[@]}" --metrics rfid --json "$runs/recon.json"
+[ -f "$runs/recon.json" ] ||
+    python fid.py --recon "$final" "$DATA/val" "${judge[@]}" --metrics rfid --json "$runs/recon.json"
 
 # ---- the generator, the same for all; stage 3 decodes stage 2's
 dit=$runs/dit
 if [ "$row" = stage123 ]; then dit=$out/stage12/dit; fi
 reference=${OUT:-runs/miniature}/reference.npz
 [ -f "$reference" ] || python fid.py "$DATA/train" --save-stats "$reference" --size 64 "${judge[@]}"
+if [ ! -f "$runs/ceiling.json" ]; then  # the decoder's own: every fourth training image, reconstructed
+    python -c 'import sys, numpy as np, torch, train_tokenizer as tt
+from model import Tokenizer
+view, tokenizer = tt.View(tt.Folder(sys.argv[2]), 64), Tokenizer.load(sys.argv[1])
+order = [[(0, i) for i in range(first, first + 400, 4)] for first in range(0, len(view.data), 400)]
+loader = tt.batches(view, order, 0, torch.device("cpu"))
+with torch.no_grad():
+    rows = [tt.to_uint8(tokenizer.decode(tokenizer.encode(x))) for x, _ in loader]
+np.savez(sys.argv[3], np.concatenate(rows))' "$final" "$DATA/train" "$runs/ceiling.npz"
+    python fid.py "$reference" "$runs/ceiling.npz" "${judge[@]}" --metrics fid --json "$runs/ceiling.json"
+    rm -f "$runs/ceiling.npz"
+fi
 fd() {  # NAME GENERATOR_STEPS IMAGES CFG SAMPLING_STEPS: Frechet distance of samples to the training images
     [ -f "$runs/$1.json" ] && return
     python sample.py --preset tiny --dit "$dit/dit_step$(printf %08d "$2").pt" --tokenizer "$final" -n "$3" --cfg "$4" \
