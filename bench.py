@@ -119,8 +119,8 @@ def sampling(folder):
         with autocast(AUTO):
             v, v_null = model(torch.cat([z, z]), torch.full((2,), t), y).float().chunk(2)
         return v_null + 4.0 * (v - v_null)
-    yield "ours", partial(autocast(AUTO)(sample.integrate), velocity, z, times)
-    yield "plain loop", lambda: sample.integrate(plain, z, times)
+    yield "ours", partial(torch.no_grad()(autocast(AUTO)(sample.integrate)), velocity, z, times)
+    yield "plain loop", partial(torch.no_grad()(sample.integrate), plain, z, times)
 
 
 def pictures(folder, n, h, w, suffix, write):
