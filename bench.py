@@ -192,7 +192,7 @@ def measure(row):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    p.add_argument("--rounds", type=int, default=5, help="runs of each side (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=5, choices=range(1, 21), metavar="N", help="default: %(default)s")
     p.add_argument("--alone", action="store_true", help="without peers")
     args = p.parse_args()
     for row in args.rows:
