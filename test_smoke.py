@@ -797,8 +797,8 @@ def test_two_ranks_equal_one_process():
     BatchNorm over ranks."""
     fp64 = driver(TMP / "fp64.py", IN_FP64)
     for ranks in (0, 2):
-        complete(fp64, "train_tokenizer.py", *SMALL, "--stage", "2", "--init", small_run() / "stage1.pt", "--steps", "1",
-                 "--batch-size", "8", "--accum", "2", "--out", TMP / f"ranks{ranks}", ranks=ranks)
+        complete(fp64, "train_tokenizer.py", *SMALL, "--stage", "2", "--init", small_run() / "stage1.pt",
+                 "--steps", "1", "--batch-size", "8", "--accum", "2", "--out", TMP / f"ranks{ranks}", ranks=ranks)
     (one,), (two,) = (rows_of(TMP / f"ranks{ranks}") for ranks in (0, 2))
     for key, value in one.items():
         assert value == two[key] or math.isclose(float(value), float(two[key]), rel_tol=1e-5, abs_tol=1e-9), key
