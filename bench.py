@@ -9,7 +9,7 @@ import importlib.util
 import os
 import statistics
 import tempfile
-import time
+import timeit
 from collections import defaultdict
 from functools import partial
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, Resize, ToTensor
 
@@ -39,7 +40,6 @@ def peer(name):
 def step(net, f, dtype=FP32, backward=True, optimise=False):
     """The work: f() with the weights of net, the way back into them, and AdamW."""
     opt = optimise and torch.optim.AdamW([p for p in net.train().parameters() if p.requires_grad], 1e-4, fused=True)
-
     def work():
         with autocast(dtype), torch.set_grad_enabled(backward):
             y = f()
@@ -89,8 +89,7 @@ def stage2(folder):
     torch.save({f"lin{i}.model.1.weight": torch.ones(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}, lin)
     lpips, critic = losses.LPIPS(vgg, lin), losses.PatchGAN()
     model, ema, frozen = (Tokenizer(ENCODERS["vitb14"], DECODERS["vavae"]).train() for _ in range(3))
-    for part in (ema, frozen, model.encoder.mask_token):
-        part.requires_grad_(False)
+    torch.nn.ModuleList([ema, frozen]).requires_grad_(False)
     opt = torch.optim.Adam([p for m in (model, critic) for p in m.parameters() if p.requires_grad], 1e-4, fused=True)
     flags = argparse.Namespace(model="aligntok", w_p=1, w_g=0.5, w_sp=1, sp_at="adapter", sp_loss="l2", accum=1)
     s = argparse.Namespace(generator=model, tokenizer=model, critic=critic, discriminator=critic, lpips=lpips,
@@ -114,7 +113,6 @@ def sampling(folder):
     model, paper, z = LightningDiT(**DITS["B/1"]).eval(), sample.PRESETS["paper"], torch.randn(1, 32, 16, 16)
     y, times = torch.tensor([0, model.num_classes]), sample.time_grid(50, paper["shift"])
     velocity = sample.Velocity(model, y[:1], 4.0, paper["cfg_interval"])
-
     def plain(z, t):
         with autocast(AUTO):
             v, v_null = model(torch.cat([z, z]), torch.full((2,), t), y).float().chunk(2)
@@ -143,8 +141,13 @@ def folders(folder):
         yield "torch_fidelity", lambda: fidelity.calculate_metrics(
             input1=a, input2=b, fid=True, feature_extractor_weights_path=file, cuda=False, batch_size=50, verbose=False)
     if score := peer("pytorch_fid.fid_score"):
-        peer("pytorch_fid.inception").load_state_dict_from_url = lambda *_, **__: torch.load(file)
+        inception = peer("pytorch_fid.inception")
+        inception.load_state_dict_from_url = lambda *_, **__: torch.load(file)
         yield "pytorch_fid", lambda: score.calculate_fid_given_paths([a, b], 50, CPU, 2048, 1)
+        if clean := peer("cleanfid.fid"):  # its own network is a download; here it has pytorch-fid's
+            net = inception.InceptionV3(resize_input=False).eval()
+            yield "clean-fid", partial(clean.compute_fid, a, b, num_workers=1, batch_size=50, device=CPU, verbose=False,
+                                       custom_feat_extractor=lambda x: net(x / 255)[0].flatten(1))
 
 
 def frechet(folder):
@@ -152,8 +155,8 @@ def frechet(folder):
     a, b = (fid.Features.of(torch.randn(5000, 2048).double() * torch.arange(1, 2049) ** -0.35) for _ in range(2))
     yield "ours", lambda: fid.frechet(a, b)
     if score := peer("pytorch_fid.fid_score"):
-        arrays = [v.numpy() for v in (a.mu, a.sigma, b.mu, b.sigma)]
-        yield "pytorch_fid", lambda: score.calculate_frechet_distance(*arrays)
+        arrays = (v.numpy() for v in (a.mu, a.sigma, b.mu, b.sigma))
+        yield "pytorch_fid", partial(score.calculate_frechet_distance, *arrays)
 
 
 def loading(folder):
@@ -162,8 +165,7 @@ def loading(folder):
     view = tt.View(tt.Folder(folder), 256, (0, "augment"))
     yield "ours", lambda: list(tt.batches(view, tt.in_order(64, 32), 0, CPU))
     chain = Compose([Resize(256), RandomCrop(256), RandomHorizontalFlip(), ToTensor(), Normalize([0.5] * 3, [0.5] * 3)])
-    loader = torch.utils.data.DataLoader(torchvision.datasets.ImageFolder(folder, chain), 32, shuffle=True)
-    yield "torchvision", lambda: list(loader)
+    yield "torchvision", partial(list, DataLoader(torchvision.datasets.ImageFolder(folder, chain), 32, shuffle=True))
 
 
 ROWS = {"features": partial(encoder, backward=False), "encoder": encoder, "decoder": decoder, "dit": dit,
@@ -179,9 +181,7 @@ def measure(row):
             gflop[side] = counter.get_total_flops() / 1e9
         for side, work in [*sides.items()] * args.rounds:
             work()  # memory still has the shape that another side left
-            began = time.perf_counter()
-            work()
-            times[side].append(time.perf_counter() - began)
+            times[side].append(timeit.timeit(work, number=1))
     median = {side: statistics.median(seconds) for side, seconds in times.items()}
     for side, seconds in median.items():
         ratios = [f"{seconds / median[s]:.2f} x {s}" for s in median if "ours" in s and "ours" not in side]

@@ -52,6 +52,7 @@ from train_tokenizer import (
     print_0,
     run,
     setup_ranks,
+    to_pixels,
     to_uint8,
     write_atomically,
 )
@@ -311,8 +312,7 @@ class Source(Dataset):
 
     def _prepare(self, img):
         """PIL RGB -> uint8 (3, H, W)."""
-        img = center_crop(img, self.size) if self.size else img
-        return torch.from_numpy(np.array(img)).permute(2, 0, 1)
+        return to_pixels(center_crop(img, self.size) if self.size else img)
 
     def __getitem__(self, item):
         i = item[1]

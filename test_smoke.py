@@ -476,9 +476,27 @@ def test_images():
     big = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 130, 3), np.uint8))
     by_hand = big.resize((65, 35), Image.BOX).resize((32, 17), Image.BOX).resize((30, 16), Image.BICUBIC)
     assert np.array_equal(tt.center_crop(big, 16), np.array(by_hand)[:, 7:23])
-    assert torch.equal(tt.to_tensor(Image.fromarray(rgb))[:, 0, 0], torch.tensor([200, 100, 50.0]) / 127.5 - 1)
+    assert torch.equal(tt.to_tensor(tt.to_pixels(img))[:, 0, 0], torch.tensor([200, 100, 50.0]) / 127.5 - 1)
+    # training: the decoder beside PIL's gives the same bytes; the crop is a square of the short side, flipped or not
+    big = big.resize((120, 70), Image.BICUBIC)
+    for mode, options in (("RGB", {}), ("RGB", {"subsampling": 0, "progressive": True}), ("L", {"quality": 30})):
+        big.convert(mode).save(TMP / "m.jpg", **options)
+        pixels = tt.load_pixels(TMP / "m.jpg")
+        assert torch.equal(pixels, tt.to_pixels(tt.load_image(TMP / "m.jpg"))), (mode, options)
+    grey = tt.load_image(TMP / "m.jpg")
+    squares = [grey.crop((left, 0, left + 70, 70)).resize((32, 32), Image.BICUBIC) for left in range(51)]
+    by_pil = {(left, flip): tt.to_pixels(square.transpose(Image.FLIP_LEFT_RIGHT) if flip else square).int()
+              for left, square in enumerate(squares) for flip in (False, True)}
+    seen = set()
+    for i in range(20):
+        crop = tt.random_crop(pixels, 32, tt.rng(0, i)).int()
+        found, off = min(((key, (crop - square).abs().max().item()) for key, square in by_pil.items()),
+                         key=operator.itemgetter(1))
+        assert off <= 2
+        seen.add(found)
+    assert len({left for left, _ in seen}) > 8 and len({flip for _, flip in seen}) == 2
     everything = torch.arange(256).byte().view(1, 1, 16, 16).expand(1, 3, -1, -1)
-    back = tt.to_uint8(torch.stack([tt.to_tensor(Image.fromarray(everything[0].permute(1, 2, 0).numpy()))]))
+    back = tt.to_uint8(tt.to_tensor(everything))
     assert np.array_equal(back[0, ..., 0], everything[0, 0])
 
 
@@ -1313,7 +1331,13 @@ def test_hostile_images():
     with folder() as d:
         def load(data, name="a file, with-commas.png"):
             (d / name).write_bytes(data)
-            return np.array(tt.load_image(d / name))
+            try:
+                img = np.array(tt.load_image(d / name))
+            except UserError:
+                error_of(tt.load_pixels, d / name)
+                raise
+            assert np.array_equal(tt.load_pixels(d / name).permute(1, 2, 0), img)
+            return img
 
         for form in (jpeg, png):
             loaded[form] = load(form)
@@ -1906,7 +1930,7 @@ def test_train_dit():
 
         cache = np.load(d / "a" / "latents.npy", mmap_mode="r")
         data = train_dit.open_data(str(d / "data" / "train"), None, 32, 1)[0]
-        x = train_dit.View(data, 32)[0, 5][0]
+        x = tt.to_tensor(train_dit.View(data, 32)[0, 5][0])
         z = tokenizer.normalize(tokenizer.encode(torch.stack([x, x.flip(2)])))
         assert np.abs(cache[5] - z.numpy()).max() < 2e-3 * z.abs().max()  # fp16
         args = train_dit.parse(ours)

@@ -50,6 +50,7 @@ from train_tokenizer import (
     same_on_all_ranks,
     save_grid,
     setup_ranks,
+    to_pixels,
     to_tensor,
     update_ema,
     wrap,
@@ -127,7 +128,7 @@ class FlowData(Dataset):
             x = torch.from_numpy(self.latents[i, int(flip)].astype(np.float32))
         else:
             try:
-                x = to_tensor(center_crop(self.data.image(i), self.size))
+                x = to_tensor(to_pixels(center_crop(self.data.image(i), self.size)))
             except UserError as e:
                 return str(e)
             x = x.flip(2) if flip else x

@@ -4,7 +4,8 @@
 # ROW: stage1, stage12, stage123 (AlignTok), sp0, sp5, cosine, before (its ablations), vae, vavae (the baselines).
 # DATA: the folder of Tiny ImageNet with train/ and val/. WEIGHTS: a folder with dinov2.pth, vgg16.pth, lpips_heads.pth
 # and efficientnet-lite0-57934424.pth. OUT: where the runs go. A command that was stopped is repeated and goes on.
-# SEED 0 of stage12, vae and vavae also measures the curves: reconstruction, probe and FD against training steps.
+# SEED 0 of stage12, vae and vavae also measures the curves: figures against training steps and sampling steps.
+# All figures of a row end in OUT/seed SEED/ROW.json; results/ holds those of the README.
 set -euo pipefail
 row=$1 seed=$2
 cd "$(dirname "$0")/.."
@@ -12,52 +13,53 @@ out=${OUT:-runs/miniature}/seed$seed
 runs=$out/$row
 mkdir -p "$runs"
 
-flags=(--preset tiny --data "$DATA/train" --val "$DATA/val" --vgg16 "$WEIGHTS/vgg16.pth" --seed "$seed"
-       --lpips-heads "$WEIGHTS/lpips_heads.pth" --batch-size 32 --disc-start 400 --val-images 2000)
-encoder=(--encoder "$WEIGHTS/dinov2.pth")
 judge=(--features lite0 --lite0 "$WEIGHTS/efficientnet-lite0-57934424.pth" --workers 0)
+flags=(--preset tiny --data "$DATA/train" --val "$DATA/val" --vgg16 "$WEIGHTS/vgg16.pth" --seed "$seed"
+       --lpips-heads "$WEIGHTS/lpips_heads.pth" --batch-size 16 --disc-start 800 --lr 1e-3)
+encoder=(--encoder "$WEIGHTS/dinov2.pth")
+stage1=("${encoder[@]}" --stage 1 --out "$out/aligntok")
+stage2=(--stage 2 --encoder-lr 1e-4)
+final_figures=(--val-images 2000 --probe-images 8000)
 
-# ---- the tokenizer: 250 + 400 + 150 steps, or 800 from scratch; validated on the way where there is a curve
-train() {  # FINAL FLAGS...: --steps and the rest; keeps the validation's figures
-    python train_tokenizer.py "${flags[@]}" "${@:3}" --steps "$2"
-    python -c 'import json, sys, torch; c = torch.load(sys.argv[1], weights_only=True)
+# ---- the tokenizer: 400 + 800 + 400 steps of 16 images, or 1600 from scratch
+train() {  # FINAL STEPS FLAGS...: trains up to STEPS and keeps the validation's figures
+    if [ ! -f "$runs/tokenizer$2.json" ]; then
+        python train_tokenizer.py "${flags[@]}" "${@:3}" --steps "$2"
+        python -c 'import json, sys, torch; c = torch.load(sys.argv[1], weights_only=True)
 json.dump(c["validation"] | {"step": c["total_steps"]}, open(sys.argv[2], "w"))' "$1" "$runs/tokenizer$2.json"
+    fi
 }
-curve() {  # FINAL STEPS FLAGS...
+curve() {  # FINAL STEPS PARTS FLAGS...: for seed 0 with figures on fewer images on the way
     if [ "$seed" = 0 ]; then
-        for part in 1 2 3; do
-            [ -f "$runs/tokenizer$(($2 * part / 4)).json" ] || train "$1" $(($2 * part / 4)) "${@:3}" --probe-images 4000
+        for ((part = 1; part < $3; part++)); do
+            train "$1" $(($2 * part / $3)) "${@:4}" --val-images 500 --probe-images 2000
         done
     fi
-    train "$1" "$2" "${@:3}" --probe-images 20000
+    train "$1" "$2" "${@:4}" "${final_figures[@]}"
 }
-stage1() { python train_tokenizer.py "${flags[@]}" "${encoder[@]}" --stage 1 --steps 250 --lr 5e-4 \
-               --probe-images 20000 --out "$out/aligntok"; }
-stage2=(400 --stage 2 --lr 1e-4)
 case $row in
-    stage1)   final=$out/aligntok/stage1.pt
-              train "$final" 250 "${encoder[@]}" --stage 1 --lr 5e-4 --out "$out/aligntok" ;;
-    stage12)  stage1; final=$out/aligntok/stage2.pt; curve "$final" "${stage2[@]}" --out "$out/aligntok" ;;
-    stage123) final=$out/aligntok/stage3.pt; train "$final" 150 --stage 3 --lr 2e-4 --out "$out/aligntok" ;;
-    vae)      final=$runs/vae.pt; curve "$final" 800 --model vae --lr 1e-3 --out "$runs" ;;
-    vavae)    final=$runs/vavae.pt; curve "$final" 800 --model vavae "${encoder[@]}" --lr 5e-4 --out "$runs" ;;
+    stage1)   final=$out/aligntok/stage1.pt; train "$final" 400 "${stage1[@]}" "${final_figures[@]}" ;;
+    stage12)  final=$out/aligntok/stage2.pt; curve "$final" 800 2 "${stage2[@]}" --out "$out/aligntok" ;;
+    stage123) final=$out/aligntok/stage3.pt; train "$final" 400 --stage 3 --out "$out/aligntok" "${final_figures[@]}" ;;
+    vae)      final=$runs/vae.pt; curve "$final" 1600 4 --model vae --out "$runs" ;;
+    vavae)    final=$runs/vavae.pt; curve "$final" 1600 4 --model vavae "${encoder[@]}" --out "$runs" ;;
     *)        case $row in
                   sp0) extra=(--w-sp 0) ;;  sp5) extra=(--w-sp 5) ;;
                   cosine) extra=(--sp-loss cosine) ;;  before) extra=(--sp-at encoder) ;;
                   *) echo "no such row: $row" >&2; exit 1 ;;
               esac
-              stage1; final=$runs/stage2.pt
-              train "$final" "${stage2[@]}" "${extra[@]}" --init "$out/aligntok/stage1.pt" --out "$runs" ;;
+              final=$runs/stage2.pt
+              train "$final" 800 "${stage2[@]}" "${extra[@]}" --init "$out/aligntok/stage1.pt" --out "$runs" \
+                  "${final_figures[@]}" ;;
 esac
-[ -f "$runs/recon.json" ] ||
-    python fid.py --recon "$final" "$DATA/val" "${judge[@]}" --metrics rfid --json "$runs/recon.json"
 
-# ---- the generator, the same for all; stage 3 decodes stage 2's
-dit=$runs/dit
-if [ "$row" = stage123 ]; then dit=$out/stage12/dit; fi
+# ---- Frechet distances: of the held-out images' reconstructions; and to the training images, of reconstructions of
+# every fourth of them: what a perfect generator of these latents would reach
+[ -f "$runs/recon.json" ] ||
+    python fid.py --recon "$final" "$DATA/val" "${judge[@]}" --metrics rfid,psnr,ssim --json "$runs/recon.json"
 reference=${OUT:-runs/miniature}/reference.npz
 [ -f "$reference" ] || python fid.py "$DATA/train" --save-stats "$reference" --size 64 "${judge[@]}"
-if [ ! -f "$runs/ceiling.json" ]; then  # the decoder's own: every fourth training image, reconstructed
+if [ ! -f "$runs/ceiling.json" ]; then
     python -c 'import sys, numpy as np, torch, train_tokenizer as tt
 from model import Tokenizer
 view, tokenizer = tt.View(tt.Folder(sys.argv[2]), 64), Tokenizer.load(sys.argv[1])
@@ -66,30 +68,43 @@ loader = tt.batches(view, order, 0, torch.device("cpu"))
 with torch.no_grad():
     rows = [tt.to_uint8(tokenizer.decode(tokenizer.encode(x))) for x, _ in loader]
 np.savez(sys.argv[3], np.concatenate(rows))' "$final" "$DATA/train" "$runs/ceiling.npz"
+    python fid.py "$runs/ceiling.npz" --save-stats "$runs/own.npz" "${judge[@]}"
     python fid.py "$reference" "$runs/ceiling.npz" "${judge[@]}" --metrics fid --json "$runs/ceiling.json"
     rm -f "$runs/ceiling.npz"
 fi
-fd() {  # NAME GENERATOR_STEPS IMAGES CFG SAMPLING_STEPS: Frechet distance of samples to the training images
+
+# ---- the generator, the same for all; stage 3 decodes stage 2's
+dit=$runs/dit
+if [ "$row" = stage123 ]; then dit=$out/stage12/dit; fi
+fd() {  # NAME GENERATOR_STEPS IMAGES CFG SAMPLING_STEPS: distance of samples to the training images, and to `own`
     [ -f "$runs/$1.json" ] && return
     python sample.py --preset tiny --dit "$dit/dit_step$(printf %08d "$2").pt" --tokenizer "$final" -n "$3" --cfg "$4" \
         --steps "$5" --seed "$seed" --out "$runs/$1.npz" --batch-size 250
+    case $1 in plain*) python fid.py "$runs/own.npz" "$runs/$1.npz" "${judge[@]}" --metrics fid --json "$runs/own_$1.json" ;;
+    esac
     python fid.py "$reference" "$runs/$1.npz" "${judge[@]}" --metrics fid --json "$runs/$1.json"
     [ "$1" = guided ] || [ "$1" = plain ] || rm -f "$runs/$1.npz"*
 }
-for steps in 800 1600 2400; do
+for steps in 400 800 1600; do
     if [ "$row" != stage123 ] && [ ! -f "$dit/done$steps" ]; then
         python train_dit.py --preset tiny --data "$DATA/train" --val "$DATA/val" --tokenizer "$final" --seed "$seed" \
-            --steps $steps --save-every 800 --grid-every 800 --out "$dit"
-        case $seed$row$steps in 0stage12800|0stage121600|0v*ae800|0v*ae1600) fd "plain$steps" $steps 5000 1 20 ;; esac
+            --steps $steps --save-every 400 --grid-every 400 --out "$dit"
+        case $seed$row$steps in 0stage12400|0stage12800|0v*ae400|0v*ae800) fd "plain$steps" $steps 5000 1 20 ;; esac
         touch "$dit/done$steps"
     fi
 done
-fd plain 2400 5000 1 20
-for cfg in 1.5 2 3; do fd "cfg$cfg" 2400 1000 "$cfg" 20; done
+fd plain 1600 5000 1 20
+for cfg in 1.5 2 3; do fd "cfg$cfg" 1600 1000 "$cfg" 20; done
 best=$(python -c 'import json, sys
 print(min(sys.argv[2:], key=lambda c: json.load(open(f"{sys.argv[1]}/cfg{c}.json"))["figures"][0]["value"]))' "$runs" 1.5 2 3)
-echo "$best" > "$runs/best_cfg"
-fd guided 2400 5000 "$best" 20
+fd guided 1600 5000 "$best" 20
 if [ "$seed$row" = 0stage12 ]; then
-    for steps in 5 10 50; do fd "steps$steps" 2400 5000 1 $steps; done
+    for steps in 5 10 50; do fd "steps$steps" 1600 5000 1 $steps; done
 fi
+
+python -c 'import json, sys; from pathlib import Path
+runs, best, row = Path(sys.argv[1]), sys.argv[2], {}
+for path in sorted(runs.glob("*.json")):
+    content = json.loads(path.read_text())
+    row[path.stem] = content if "figures" not in content else {f["name"]: f["value"] for f in content["figures"]}
+(runs.parent / f"{runs.name}.json").write_text(json.dumps(row | {"best_cfg": float(best)}, indent=1))' "$runs" "$best"

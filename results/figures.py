@@ -1,0 +1,145 @@
+"""The tables and pictures of the README's experiment in miniature, from results/miniature/seed*/ROW.json:
+
+    python results/figures.py                                   # tables on stdout, assets/miniature.svg
+    DATA=... WEIGHTS=... python results/figures.py --runs DIR   # and pictures, from results/miniature.sh's OUT
+"""
+import argparse
+import json
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+NAMES = {"vae": "VAE", "vavae": "VA-VAE, convolutional encoder", "stage1": "AlignTok, stage 1",
+         "stage12": "AlignTok, stages 1+2", "stage123": "AlignTok, stages 1+2+3", "sp0": "w_sp = 0", "sp5": "w_sp = 5",
+         "cosine": "cosine instead of L2", "before": "loss before the adapter"}
+MAIN, ABLATION = ["vae", "vavae", "stage1", "stage12", "stage123"], ["sp0", "stage12", "sp5", "before", "cosine"]
+COLOURS = {"stage12": "#0072b2", "vavae": "#d55e00", "vae": "#009e73"}
+
+
+def read():
+    """{row: {seed: figures}}"""
+    rows = defaultdict(dict)
+    for path in sorted(ROOT.glob("results/miniature/seed*/*.json")):
+        rows[path.stem][int(path.parent.name[4:])] = json.loads(path.read_text())
+    return rows
+
+
+def last(figures):
+    """The validation at the tokenizer's end."""
+    return max((v for k, v in figures.items() if k.startswith("tokenizer")), key=lambda v: v["step"])
+
+
+COLUMNS = {
+    "PSNR, dB": lambda f: f"{f['recon']['PSNR']:.2f}", "SSIM": lambda f: f"{f['recon']['SSIM']:.3f}",
+    "L1 + LPIPS": lambda f: f"{last(f)['rec']:.3f}", "probe, %": lambda f: f"{last(f)['probe']:.1f}",
+    "rFD": lambda f: f"{f['recon']['rFD-Lite0']:.0f}", "ceiling": lambda f: f"{f['ceiling']['FD-Lite0']:.0f}",
+    "FD": lambda f: f"{f['plain']['FD-Lite0']:.0f}", "FD, guided (scale)":
+        lambda f: f"{f['guided']['FD-Lite0']:.0f} ({f['best_cfg']:g})",
+    "FD to its own reconstructions": lambda f: f"{f['own_plain']['FD-Lite0']:.1f}"}
+
+
+def table(rows, names):
+    """One line a row, the seeds separated by slashes."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for row in filter(rows.get, names):
+        cells = [" / ".join(column(rows[row][seed]) for seed in sorted(rows[row])) for column in COLUMNS.values()]
+        lines.append(f"| {NAMES[row]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def panel(x0, title, unit, curves, levels=(), log=False):
+    """An SVG line chart at x0, 300 x 240. curves, levels: {row: [(x, y)]}, {row: y}, the levels dashed."""
+    xs, ys = zip(*(point for curve in curves.values() for point in curve))
+    ys = [*ys, *dict(levels).values()]
+    low, high = min(ys) - 0.05 * np.ptp(ys), max(ys) + 0.05 * np.ptp(ys)
+    place = np.log2 if log else float
+    at_x = lambda x: x0 + 45 + 240 * (place(x) - place(min(xs))) / (place(max(xs)) - place(min(xs)))
+    at_y = lambda y: 205 - 175 * (y - low) / (high - low)
+    out = [f'<text x="{x0 + 165}" y="18" text-anchor="middle" font-weight="bold">{title}</text>',
+           f'<text x="{x0 + 165}" y="238" text-anchor="middle">{unit}</text>',
+           f'<path d="M{x0 + 45} 30V205H{x0 + 285}" fill="none" stroke="#888"/>']
+    for x in sorted(set(xs)):
+        out.append(f'<text x="{at_x(x):.1f}" y="219" text-anchor="middle">{x}</text>')
+    for y in np.linspace(low, high, 4):
+        out.append(f'<text x="{x0 + 41}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:.{0 if high > 40 else 1}f}</text>')
+    for row, curve in curves.items():
+        points = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in curve)
+        out.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[row]}" stroke-width="2"/>')
+        out += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3" fill="{COLOURS[row]}"/>' for x, y in curve]
+    for row, y in dict(levels).items():
+        out.append(f'<path d="M{x0 + 45} {at_y(y):.1f}H{x0 + 285}" stroke="{COLOURS[row]}" stroke-dasharray="4 4"/>')
+    return out
+
+
+def figure(rows, path):
+    """Figure 3 (reconstruction and probe against the tokenizer's steps) and Figure 4 (convergence of the generator)."""
+    seed0 = {row: rows[row][0] for row in COLOURS}
+    align = [rows[row][0] for row in ("stage1", "stage12", "stage123") if 0 in rows[row]]
+    on_the_way = {row: sorted((v["step"], v) for k, v in f.items() if k.startswith("tokenizer"))
+                  for row, f in {**seed0, "stage12": {k + str(i): v for i, f in enumerate(align) for k, v in f.items()
+                                                      if k.startswith("tokenizer")}}.items()}
+    steps = ("plain400", 400), ("plain800", 800), ("plain", 1600)
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="1210" height="275" font-family="sans-serif" font-size="11">',
+           '<rect width="1210" height="275" fill="white"/>']
+    for i, (key, title) in enumerate((("psnr", "PSNR, dB"), ("probe", "linear probe, %"))):
+        svg += panel(300 * i, title, "steps of the tokenizer",
+                     {row: [(step, v[key]) for step, v in points] for row, points in on_the_way.items()})
+    for i, (prefix, title) in enumerate((("", "FD to real images"), ("own_", "FD to its own reconstructions"))):
+        curves = {row: [(n, f[prefix + key]["FD-Lite0"]) for key, n in steps] for row, f in seed0.items()}
+        levels = {} if prefix else {row: f["ceiling"]["FD-Lite0"] for row, f in seed0.items()}
+        svg += panel(600 + 300 * i, title, "steps of the generator", curves, levels, log=True)
+    for i, row in enumerate(COLOURS):
+        svg.append(f'<text x="{380 + 160 * i}" y="264" fill="{COLOURS[row]}" font-weight="bold">'
+                   f'{("AlignTok", "VA-VAE", "VAE")[i]}</text>')
+    path.write_text("\n".join([*svg, "</svg>"]) + "\n")
+
+
+@torch.no_grad()
+def pictures(runs):
+    """Reconstructions and samples of each row, one row a line; samples above their nearest training images."""
+    import fid
+    import train_tokenizer as tt
+    from model import Tokenizer, load_file
+    val, train = (tt.Folder(f"{os.environ['DATA']}/{part}") for part in ("val", "train"))
+    x = torch.stack([tt.View(val, 64)[0, i][0] for i in range(25, 2000, 166)])
+    x, lines, samples = tt.to_tensor(x), [], []
+    finals = {"vae": "vae/vae", "vavae": "vavae/vavae", **{f"stage{'123'[:n]}": f"aligntok/stage{n}" for n in (1, 2, 3)}}
+    for row, file in finals.items():
+        tokenizer = Tokenizer.load(runs / f"{file}.pt")
+        lines.append(tokenizer.decode(tokenizer.encode(x)))
+        images = np.load(runs / row / "guided.npz")["arr_0"][1::413][:12]
+        samples.append(tt.to_tensor(torch.from_numpy(images).permute(0, 3, 1, 2)))
+    tt.save_grid([x, *lines], ROOT / "assets/miniature-reconstructions.png")
+    tt.save_grid(samples, ROOT / "assets/miniature-samples.png")
+    net = fid.EfficientNetLite0()
+    net.load_state_dict(load_file(f"{os.environ['WEIGHTS']}/efficientnet-lite0-57934424.pth"))
+    view = tt.View(train, 64)
+    features = torch.cat([net(torch.stack([view[item][0] for item in batch]))["pool"]
+                          for batch in tt.in_order(len(train), 100)])
+    own = net(((samples[-1].clamp(-1, 1) + 1) * 127.5).round().byte())["pool"]
+    nearest = torch.cdist(own, features).topk(3, largest=False).indices  # (12, 3)
+    neighbours = [tt.to_tensor(torch.stack([view[0, int(i)][0] for i in column])) for column in nearest.T]
+    tt.save_grid([samples[-1], *neighbours], ROOT / "assets/miniature-neighbours.png")
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--runs", type=Path, help="a seed's folder, such as runs/miniature/seed0")
+    args = p.parse_args()
+    rows = read()
+    for title, names in (("Main comparison", MAIN), ("Ablation", ABLATION)):
+        print(f"{title}\n\n{table(rows, names)}\n")
+    if 0 in rows["stage12"] and "steps5" in rows["stage12"][0]:
+        f = rows["stage12"][0]
+        print("FD against sampling steps:", {n: round(f[k]["FD-Lite0"], 1) for n, k in
+                                             ((5, "steps5"), (10, "steps10"), (20, "plain"), (50, "steps50"))})
+    if all(0 in rows[row] for row in COLOURS):
+        figure(rows, ROOT / "assets/miniature.svg")
+    if args.runs:
+        pictures(args.runs)
