@@ -38,7 +38,11 @@ curve() {  # FINAL STEPS PARTS FLAGS...: for seed 0 with figures on fewer images
     train "$1" "$2" "${@:4}" "${final_figures[@]}"
 }
 case $row in
-    stage1)   final=$out/aligntok/stage1.pt; train "$final" 400 "${stage1[@]}" "${final_figures[@]}" ;;
+    vae | vavae | stage123) ;;
+    *) python train_tokenizer.py "${flags[@]}" "${stage1[@]}" --steps 400 "${final_figures[@]}" ;;  # once
+esac
+case $row in
+    stage1)   final=$out/aligntok/stage1.pt; train "$final" 400 "${stage1[@]}" ;;
     stage12)  final=$out/aligntok/stage2.pt; curve "$final" 800 2 "${stage2[@]}" --out "$out/aligntok" ;;
     stage123) final=$out/aligntok/stage3.pt; train "$final" 400 --stage 3 --out "$out/aligntok" "${final_figures[@]}" ;;
     vae)      final=$runs/vae.pt; curve "$final" 1600 4 --model vae --out "$runs" ;;
