@@ -1131,6 +1131,17 @@ def flip(data, bit):
     return data[:bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1:]
 
 
+def load_both_ways(path):
+    """load_image, after load_pixels has done the same."""
+    try:
+        img = tt.load_image(path)
+    except UserError:
+        error_of(tt.load_pixels, path)
+        raise
+    assert np.array_equal(tt.load_pixels(path).permute(1, 2, 0), img)
+    return img
+
+
 def picture(form, **options):
     """The bytes of a small image file."""
     file = io.BytesIO()
@@ -1331,13 +1342,7 @@ def test_hostile_images():
     with folder() as d:
         def load(data, name="a file, with-commas.png"):
             (d / name).write_bytes(data)
-            try:
-                img = np.array(tt.load_image(d / name))
-            except UserError:
-                error_of(tt.load_pixels, d / name)
-                raise
-            assert np.array_equal(tt.load_pixels(d / name).permute(1, 2, 0), img)
-            return img
+            return np.array(load_both_ways(d / name))
 
         for form in (jpeg, png):
             loaded[form] = load(form)
@@ -1468,7 +1473,7 @@ def slow_fuzz_of_files(files=500, seconds=20):
         return [tensor.tolist() for tensor in Tokenizer.load(path).state_dict().values()]
 
     def read_image(path):
-        return np.array(tt.center_crop(tt.load_image(path), 16)).tolist()
+        return np.array(tt.center_crop(load_both_ways(path), 16)).tolist()
 
     r, counts = np.random.default_rng(0), collections.Counter()
     with folder() as d:
