@@ -12,6 +12,7 @@ Legend: B batch, H W image sides, h w = H/16 W/16 latent sides, N tokens (h*w), 
 C channels of a convolution, K classes.
 """
 import contextlib
+import ctypes
 import hashlib
 import http.client
 import math
@@ -30,9 +31,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# CPU tensors in huge pages, where Linux gives them on request; PyTorch reads this at its first tensor. Less time for
-# page faults: up to a third of a step (README, "Speed").
+# CPU tensors without page faults, which took up to a third of a step (README, "Speed"): in huge pages, where Linux gives
+# them on request (PyTorch reads this at its first tensor), and from memory that glibc keeps instead of returning it.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+with contextlib.suppress(AttributeError):  # another C library
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # never
+    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
 
 # ---------------------------------------------------------------------------------------------------- files, weights
 

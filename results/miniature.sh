@@ -19,7 +19,7 @@ flags=(--preset tiny --data "$DATA/train" --val "$DATA/val" --vgg16 "$WEIGHTS/vg
 encoder=(--encoder "$WEIGHTS/dinov2.pth")
 stage1=("${encoder[@]}" --stage 1 --out "$out/aligntok")
 stage2=(--stage 2 --encoder-lr 1e-4)
-final_figures=(--val-images 2000 --probe-images 8000)
+final_figures=(--val-images 1000 --probe-images 8000)
 
 # ---- the tokenizer: 400 + 800 + 400 steps of 16 images, or 1600 from scratch
 train() {  # FINAL STEPS FLAGS...: trains up to STEPS and keeps the validation's figures
