@@ -141,7 +141,7 @@ def load_pixels(path):
     """The same -> uint8 (3, H, W). Most JPEG files go past PIL: torchvision's libjpeg gives the same values in half of
     the time."""
     with open_image(path) as img:
-        if img.format != "JPEG" or img.mode not in ("RGB", "L") or "exif" in img.info:
+        if img.format != "JPEG" or img.mode not in ("RGB", "L") or {"exif", "xmp"} & img.info.keys():
             return to_pixels(to_rgb(img))
         img.fp.seek(0)
         data = torch.frombuffer(bytearray(img.fp.read()), dtype=torch.uint8)
