@@ -98,9 +98,9 @@ for steps in 400 800 1600; do
     fi
 done
 fd plain 1600 5000 1 20
-for cfg in 1.5 2 3; do fd "cfg$cfg" 1600 1000 "$cfg" 20; done
+for cfg in 2 4 8; do fd "cfg$cfg" 1600 1000 "$cfg" 20; done
 best=$(python -c 'import json, sys
-print(min(sys.argv[2:], key=lambda c: json.load(open(f"{sys.argv[1]}/cfg{c}.json"))["figures"][0]["value"]))' "$runs" 1.5 2 3)
+print(min(sys.argv[2:], key=lambda c: json.load(open(f"{sys.argv[1]}/cfg{c}.json"))["figures"][0]["value"]))' "$runs" 2 4 8)
 fd guided 1600 5000 "$best" 20
 if [ "$seed$row" = 0stage12 ]; then
     for steps in 5 10 50; do fd "steps$steps" 1600 5000 1 $steps; done
@@ -110,5 +110,5 @@ python -c 'import json, sys; from pathlib import Path
 runs, best, row = Path(sys.argv[1]), sys.argv[2], {}
 for path in sorted(runs.glob("*.json")):
     content = json.loads(path.read_text())
-    row[path.stem] = content if "figures" not in content else {f["name"]: f["value"] for f in content["figures"]}
+    row[path.stem] = content if "figures" not in content else {f["metric"]: f["value"] for f in content["figures"]}
 (runs.parent / f"{runs.name}.json").write_text(json.dumps(row | {"best_cfg": float(best)}, indent=1))' "$runs" "$best"
