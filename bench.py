@@ -1,7 +1,7 @@
 """How fast this code is, beside other implementations of the same work: python bench.py --rows encoder decoder
 
-The sides of a row take turns (ours, peer, ours, peer ...), so that the machine's moods hit them alike; each turn runs
-the work twice and times the second. Ratios are of medians, the other's time over ours. Ours runs in --dtype auto, and
+The sides of a row take turns (a round is ours, peer, peer, ours), so that the machine's moods hit them alike; each turn
+runs the work twice and times the second. Ratios are of medians, the other's time over ours. Ours runs in --dtype auto, and
 where that is bf16 in fp32 too; the peers, where they can be imported, as they come: fp32.
 """
 import argparse
@@ -179,9 +179,9 @@ def measure(row):
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one that it counts
                 work()
             gflop[side] = counter.get_total_flops() / 1e9
-        for side, work in [*sides.items()] * args.rounds:
-            work()  # memory still has the shape that another side left
-            times[side].append(timeit.timeit(work, number=1))
+        for side in [*sides, *reversed(sides)] * args.rounds:
+            sides[side]()  # memory still has the shape that another side left
+            times[side].append(timeit.timeit(sides[side], number=1))
     median = {side: statistics.median(seconds) for side, seconds in times.items()}
     for side, seconds in median.items():
         ratios = [f"{seconds / median[s]:.2f} x {s}" for s in median if "ours" in s and "ours" not in side]
@@ -192,7 +192,7 @@ def measure(row):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    p.add_argument("--rounds", type=int, default=5, choices=range(1, 21), metavar="N", help="default: %(default)s")
+    p.add_argument("--rounds", type=int, default=3, choices=range(1, 21), metavar="N", help="default: %(default)s")
     p.add_argument("--alone", action="store_true", help="without peers")
     args = p.parse_args()
     for row in args.rows:

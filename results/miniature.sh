@@ -98,9 +98,15 @@ for steps in 400 800 1600; do
     fi
 done
 fd plain 1600 5000 1 20
-for cfg in 2 4 8; do fd "cfg$cfg" 1600 1000 "$cfg" 20; done
-best=$(python -c 'import json, sys
-print(min(sys.argv[2:], key=lambda c: json.load(open(f"{sys.argv[1]}/cfg{c}.json"))["figures"][0]["value"]))' "$runs" 2 4 8)
+best=2
+fd cfg2 1600 1000 2 20
+for cfg in 4 8 16 32; do  # the scale is doubled as long as that helps
+    fd "cfg$cfg" 1600 1000 "$cfg" 20
+    python -c 'import json, sys
+new, best = (json.load(open(f"{sys.argv[1]}/cfg{c}.json"))["figures"][0]["value"] for c in sys.argv[2:])
+sys.exit(new >= best)' "$runs" "$cfg" "$best" || break
+    best=$cfg
+done
 fd guided 1600 5000 "$best" 20
 if [ "$seed$row" = 0stage12 ]; then
     for steps in 5 10 50; do fd "steps$steps" 1600 5000 1 $steps; done
