@@ -129,25 +129,25 @@ def pictures(folder, n, h, w, suffix, write):
 
 
 def folders(folder):
-    """The FID of two folders of 128 PNGs of 256 px, in batches of 50, with one worker."""
+    """The FID of two folders of 128 PNGs of 256 px, in batches of 50, without workers."""
     a, b, file = f"{folder}/a", f"{folder}/b", f"{folder}/inception.pth"
     for path in (a, b):
         pictures(path, 128, 256, 256, ".png", torchvision.io.write_png)
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
     torch.save(net.state_dict(), file)
-    yield "ours", lambda: fid.main([a, b, "--inception", file, "--resize", "torch", "--metrics", "fid",
-                                    "--batch-size", "50", "--workers", "1"])
+    yield "ours", lambda: fid.main([a, b, "--inception", file, "--resize=torch", "--metrics=fid", "--batch-size=50"])
     if fidelity := peer("torch_fidelity"):
         yield "torch_fidelity", lambda: fidelity.calculate_metrics(
-            input1=a, input2=b, fid=True, feature_extractor_weights_path=file, cuda=False, batch_size=50, verbose=False)
+            input1=a, input2=b, fid=True, feature_extractor_weights_path=file, cuda=False, batch_size=50, verbose=False,
+            save_cpu_ram=True)
     if score := peer("pytorch_fid.fid_score"):
         inception = peer("pytorch_fid.inception")
         inception.load_state_dict_from_url = lambda *_, **__: torch.load(file)
-        yield "pytorch_fid", lambda: score.calculate_fid_given_paths([a, b], 50, CPU, 2048, 1)
+        yield "pytorch_fid", lambda: score.calculate_fid_given_paths([a, b], 50, CPU, 2048, 0)
         if clean := peer("cleanfid.fid"):  # its own network is a download; here it has pytorch-fid's
             net = inception.InceptionV3(resize_input=False).eval()
-            yield "clean-fid", partial(clean.compute_fid, a, b, num_workers=1, batch_size=50, device=CPU, verbose=False,
-                                       custom_feat_extractor=lambda x: net(x / 255)[0].flatten(1))
+            yield "clean-fid", lambda: clean.compute_fid(a, b, num_workers=0, batch_size=50, device=CPU, verbose=False,
+                                                         custom_feat_extractor=lambda x: net(x / 255)[0].flatten(1))
 
 
 def frechet(folder):

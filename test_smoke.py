@@ -548,6 +548,14 @@ def test_order():
     assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
 
 
+def test_at_random():
+    """What validation measures: images of all classes of a sorted folder, always the same, each once."""
+    chosen = [i for batch in tt.at_random(100, 32, 1000) for _, i in batch]
+    assert len(set(chosen)) == 100 and chosen == sorted(chosen)
+    assert len({i // 100 for i in chosen}) == 10, "all of ten classes of 100 images"
+    assert tt.at_random(99, 32, 50) == tt.in_order(50, 32)
+
+
 def test_linear_probe():
     torch.manual_seed(0)
     y = torch.arange(300) % 3

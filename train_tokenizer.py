@@ -445,6 +445,12 @@ def in_order(n, batch_size):
     return [[(0, i) for i in range(first, min(first + batch_size, n))] for first in range(0, n, batch_size)]
 
 
+def at_random(n, batch_size, total):
+    """Batches of a fixed random choice of n (or all) of `total` images, in order, for evaluation."""
+    chosen = sorted(rng("encode").permutation(total)[:n].tolist())
+    return [[(0, chosen[i]) for _, i in batch] for batch in in_order(len(chosen), batch_size)]
+
+
 # ------------------------------------------------------------------------------------------------ ranks, runs, files
 
 def setup_ranks():
@@ -776,8 +782,7 @@ def encode_means(tokenizer, view, n, workers, device, batch_size=64):
     """Encodes n images, a fixed random choice of the view's. Returns the means over positions of latents (n, d) and of
     pre-adapter tokens (n, D; a VAE's: mean and log-variance of its latents), the labels (n,), and the latents' mean and
     std per channel (d,), all on the CPU."""
-    chosen = sorted(rng("encode").permutation(len(view.data))[:n].tolist())
-    order = [[(0, i) for i in chosen[first:first + batch_size]] for first in range(0, len(chosen), batch_size)]
+    order = at_random(n, batch_size, len(view.data))
     latents, tokens, labels, moments = [], [], [], 0
     for x, y in batches(view, order, workers, device):
         t = tokenizer.features(x)  # (B, N, D)
@@ -834,7 +839,7 @@ def validate(stage, tokenizer, data, held_out, args, device, lpips):
         tokenizer.latent_std.copy_(std)
     view, n = View(held_out, args.size), min(args.val_images, len(held_out))
     sums = {"rec": 0.0, "psnr": 0.0, "ssim": 0.0}
-    for x, _ in batches(view, in_order(n, 32), args.workers, device):
+    for x, _ in batches(view, at_random(n, 32, len(held_out)), args.workers, device):
         recon = tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)
         sums["rec"] += losses.reconstruction_loss(x, recon, lpips, args.w_p)[0].item() * len(x)
         sums["psnr"] += losses.psnr(x, recon).sum().item()

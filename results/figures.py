@@ -37,7 +37,7 @@ def last(figures):
 
 COLUMNS = {
     "PSNR, dB": lambda f: f"{f['recon']['PSNR']:.2f}", "SSIM": lambda f: f"{f['recon']['SSIM']:.3f}",
-    "L1 + LPIPS": lambda f: f"{last(f)['rec']:.3f}", "probe, %": lambda f: f"{last(f)['probe']:.1f}",
+    "probe, %": lambda f: f"{last(f)['probe']:.1f}",
     "rFD": lambda f: f"{f['recon']['rFD-Lite0']:.0f}", "ceiling": lambda f: f"{f['ceiling']['FD-Lite0']:.0f}",
     "FD": lambda f: f"{f['plain']['FD-Lite0']:.0f}", "FD, guided (scale)":
         lambda f: f"{f['guided']['FD-Lite0']:.0f} ({f['best_cfg']:g})",
