@@ -49,7 +49,7 @@ def table(rows, names):
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for row in filter(rows.get, names):
         cells = [" / ".join(column(rows[row][seed]) for seed in sorted(rows[row])) for column in COLUMNS.values()]
-        lines.append(f"| {NAMES[row]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {NAMES[row]} (`{row}`) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
