@@ -1,8 +1,8 @@
 """How fast this code is, beside other implementations of the same work: python bench.py --rows encoder decoder
 
 The sides of a row take turns (a round is ours, peer, peer, ours), so that the machine's moods hit them alike; each turn
-runs the work twice and times the second. Ratios are of medians, the other's time over ours. Ours runs in --dtype auto, and
-where that is bf16 in fp32 too; the peers, where they can be imported, as they come: fp32.
+runs the work twice and times the second. Ratios are of medians, the other's time over ours. Ours runs in --dtype auto,
+and where that is bf16 in fp32 too; the peers, where they can be imported, as they come: fp32.
 """
 import argparse
 import importlib.util
