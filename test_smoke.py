@@ -402,6 +402,7 @@ def test_baseline_losses():
     f = torch.tensor([[[2.0, 0.0], [0.0, 5.0]]])
     # cosines 1 and 0: relu(.5 - cos) has the mean .25; S(z') is 1 everywhere, S(F) 0 off the diagonal: .75 / 2
     assert math.isclose(losses.vf_loss(z, f).item(), 0.25 + 0.375, rel_tol=1e-6)
+    assert math.isclose(losses.vf_loss(z, f, 0, 0).item(), 0.5 + 0.5, rel_tol=1e-6)
     w = torch.tensor([3.0, 4.0], requires_grad=True)
     assert losses.adaptive_weight(w.sum() * 1e9, 0 * w.sum(), w, limit=1e8).item() == 1e8
 
@@ -623,6 +624,10 @@ def test_baselines():
             tt.main([*extra, "--model", model, "--out", str(b), "--steps", "2"])
             tt.main([*extra, "--model", model, "--out", str(b)])
             assert same(last, load_file(b / f"{model}_step00000003.pt")) is None
+            no_margins = [*extra, "--model", model, "--vf-margins", "0", "0"]
+            assert "vf_margins" in error_of(tt.main, [*no_margins, "--out", str(b), "--steps", "4"])
+            tt.main([*no_margins, "--out", str(TMP / "vavae-c"), "--steps", "1"])
+            assert float(rows_of(TMP / "vavae-c")[0]["vf"]) > float(rows_of(a)[0]["vf"]) + 0.1
         for state in (last["tokenizer"], last["ema"]):
             moved = {k.split(".")[0] for k, v in state.items() if not torch.equal(v, first["tokenizer"][k])}
             assert moved - {"latent_mean", "latent_std"} == parts

@@ -966,7 +966,7 @@ def training_step(x, s, args, gan, last, noise=()):
         if args.model == "vavae":
             with torch.no_grad(), s.autocast():
                 foundation = s.reference.features(x)
-            vf = losses.vf_loss(*z_proj, foundation)
+            vf = losses.vf_loss(*z_proj, foundation, *args.vf_margins)
             adaptive = losses.adaptive_weight(rec, vf, s.tokenizer.encoder.conv_out.weight, limit=1e8)
             loss = loss + args.w_vf * adaptive * vf
             log.update(vf=vf, vf_adaptive=adaptive)
@@ -1060,7 +1060,7 @@ def set_up_stage(stage, args, run_, data, lpips, rank, device):
             "encoder_lr": encoder_lr}
     what |= {k: getattr(args, k) for k in (
         "encoder", "decoder", "d", "disc_ch", "size", "batch_size", "accum", "lr", "seed", "w_p", "w_g", "w_sp",
-        "sp_loss", "sp_at", "w_kl", "w_vf", "disc_start", "ema_decay")}
+        "sp_loss", "sp_at", "w_kl", "w_vf", "vf_margins", "disc_start", "ema_decay")}
     torch.manual_seed(int(rng(args.seed, "stage", stage, rank).integers(2 ** 62)))  # no step draws from it yet
     return SimpleNamespace(
         run=what, steps_before=steps_before, step=0, tokenizer=tokenizer, discriminator=discriminator, trained=trained,
@@ -1231,6 +1231,8 @@ def parse(argv=None):
     add("--sp-at", choices=["adapter", "encoder"], default="adapter", help="ablation: L_sp before the adapter")
     add("--w-kl", type=float, default=1e-6, help="vae, vavae: weight of KL, beside a sum over pixels (%(default)s)")
     add("--w-vf", type=float, default=0.1, help="vavae: the VF loss's part of its adaptive weight (%(default)s)")
+    add("--vf-margins", type=float, nargs=2, default=[0.5, 0.25], metavar=("M_COS", "M_DIST"),
+        help="vavae: m_cos and m_dist of the VF loss (default: %(default)s)")
     add("--disc-start", type=int, help="step, counted through the stages, at which the GAN begins")
     add("--ema-decay", type=float)
     add("--workers", type=int, help="loader processes per rank")
@@ -1263,10 +1265,11 @@ def parse(argv=None):
         raise UserError(f"--steps must be at least 1, not {args.steps}")
     if args.size % 16 or args.size < 32:  # 32: what PatchGAN takes
         raise UserError(f"--size must be divisible by 16 and at least 32, not {args.size}")
-    not_negative = args.w_p, args.w_g, args.w_sp, args.w_kl, args.w_vf, args.workers, args.disc_start, args.seed
+    not_negative = (args.w_p, args.w_g, args.w_sp, args.w_kl, args.w_vf, *args.vf_margins, args.workers,
+                    args.disc_start, args.seed)
     if min(args.lr, args.encoder_lr) <= 0 or min(not_negative) < 0 or not 0 <= args.ema_decay < 1:
-        raise UserError("--lr and --encoder-lr must be positive, weights, --workers, --disc-start and --seed not "
-                        "negative, --ema-decay in [0, 1)")
+        raise UserError("--lr and --encoder-lr must be positive, weights, --vf-margins, --workers, --disc-start and "
+                        "--seed not negative, --ema-decay in [0, 1)")
     return args
 
 

@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 NAMES = {"vae": "VAE", "vavae": "VA-VAE, convolutional encoder", "stage1": "AlignTok, stage 1",
          "stage12": "AlignTok, stages 1+2", "stage123": "AlignTok, stages 1+2+3", "sp0": "w_sp = 0", "sp5": "w_sp = 5",
-         "cosine": "cosine instead of L2", "before": "loss before the adapter"}
-MAIN, ABLATION = ["vae", "vavae", "stage1", "stage12", "stage123"], ["sp0", "stage12", "sp5", "before", "cosine"]
+         "cosine": "cosine instead of L2", "before": "loss before the adapter",
+         "margins0": "VA-VAE, margins 0"}
+MAIN, ABLATION = ["vae", "vavae", "stage1", "stage12", "stage123"], ["sp0", "stage12", "sp5", "before", "cosine", "margins0"]
 COLOURS = {"stage12": "#0072b2", "vavae": "#d55e00", "vae": "#009e73"}
 
 
