@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT))
 NAMES = {"vae": "VAE", "vavae": "VA-VAE, convolutional encoder", "stage1": "AlignTok, stage 1",
          "stage12": "AlignTok, stages 1+2", "stage123": "AlignTok, stages 1+2+3", "sp0": "w_sp = 0", "sp5": "w_sp = 5",
          "cosine": "cosine instead of L2", "before": "loss before the adapter",
-         "margins0": "VA-VAE, margins 0"}
-MAIN, ABLATION = ["vae", "vavae", "stage1", "stage12", "stage123"], ["sp0", "stage12", "sp5", "before", "cosine", "margins0"]
+         "margins0": "VA-VAE, no margins", "vae4800": "VAE, 4800 steps", "vavae4800": "VA-VAE, 4800 steps"}
+TABLES = {"Main comparison": ["vae", "vavae", "stage1", "stage12", "stage123"],
+          "Ablation": ["sp0", "stage12", "sp5", "before", "cosine"], "Baselines": ["margins0", "vae4800", "vavae4800"]}
 COLOURS = {"stage12": "#0072b2", "vavae": "#d55e00", "vae": "#009e73"}
 
 
@@ -134,10 +135,9 @@ if __name__ == "__main__":
     p.add_argument("--runs", type=Path, help="a seed's folder, such as runs/miniature/seed0")
     args = p.parse_args()
     rows = read()
-    for title, names in (("Main comparison", MAIN), ("Ablation", ABLATION)):
+    for title, names in TABLES.items():
         print(f"{title}\n\n{table(rows, names)}\n")
-    if 0 in rows["stage12"] and "steps5" in rows["stage12"][0]:
-        f = rows["stage12"][0]
+    if "steps5" in (f := rows["stage12"].get(0, {})):
         print("FD against sampling steps:", {n: round(f[k]["FD-Lite0"], 1) for n, k in
                                              ((5, "steps5"), (10, "steps10"), (20, "plain"), (50, "steps50"))})
     if all(0 in rows[row] for row in COLOURS):
