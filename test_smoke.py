@@ -610,6 +610,18 @@ def test_stages_train_what_they_say():
     assert Image.open(out / "stage2_step00000002.png").size == (8 * 64, 128)
 
 
+def test_ablations_of_stage_2():
+    """L_sp before the adapter, and as a cosine: zero at the first step, since stage 2 starts where stage 1 ended."""
+    start, sp = small_run() / "stage1.pt", {}
+    for name, flags in {"l2": [], "encoder": ["--sp-at", "encoder"], "cosine": ["--sp-loss", "cosine"]}.items():
+        out = TMP / f"sp-{name}"
+        tt.main([*SMALL, "--stage", "2", "--init", str(start), "--out", str(out), "--steps", "2", *flags])
+        first, sp[name] = rows_of(out)
+        assert abs(float(first["sp"])) < 1e-6 < float(sp[name]["sp"])
+        assert bool(first["sp_to_var"]) == (name == "l2")
+    assert len({row["sp"] for row in sp.values()}) == 3
+
+
 def test_baselines():
     """VAE and VA-VAE: what trains, the frozen foundation encoder, resume, the official layout."""
     flags = [*SMALL, "--accum", "2", "--steps", "3"]

@@ -952,7 +952,8 @@ def training_step(x, s, args, gan, last, noise=()):
                 z_ref = s.reference.adapt(tokens_ref, *z.shape[-2:])
             if args.sp_at == "adapter":
                 l_sp = losses.semantic_preservation(z, z_ref, args.sp_loss, dim=1)
-                log["sp_to_var"] = l_sp / s.reference.latent_std.square().mean()  # the variance of stage 1's z0
+                if args.sp_loss == "l2":
+                    log["sp_to_var"] = l_sp / s.reference.latent_std.square().mean()  # the variance of stage 1's z0
             else:
                 l_sp = losses.semantic_preservation(tokens, tokens_ref, args.sp_loss, dim=-1)
             loss = loss + args.w_sp * l_sp

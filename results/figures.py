@@ -18,9 +18,11 @@ sys.path.insert(0, str(ROOT))
 NAMES = {"vae": "VAE", "vavae": "VA-VAE, convolutional encoder", "stage1": "AlignTok, stage 1",
          "stage12": "AlignTok, stages 1+2", "stage123": "AlignTok, stages 1+2+3", "sp0": "w_sp = 0", "sp5": "w_sp = 5",
          "cosine": "cosine instead of L2", "before": "loss before the adapter",
-         "margins0": "VA-VAE, no margins", "vae4800": "VAE, 4800 steps", "vavae4800": "VA-VAE, 4800 steps"}
+         "margins0": "VA-VAE, no margins", "vae4800": "VAE, 4800 steps", "vavae4800": "VA-VAE, 4800 steps",
+         "aligntok4800": "AlignTok, 1200 + 2400 + 1200 steps"}
 TABLES = {"Main comparison": ["vae", "vavae", "stage1", "stage12", "stage123"],
-          "Ablation": ["sp0", "stage12", "sp5", "before", "cosine"], "Baselines": ["margins0", "vae4800", "vavae4800"]}
+          "Ablation": ["sp0", "stage12", "sp5", "before", "cosine"],
+          "Tried": ["margins0", "vae4800", "vavae4800", "aligntok4800"]}
 COLOURS = {"stage12": "#0072b2", "vavae": "#d55e00", "vae": "#009e73"}
 
 

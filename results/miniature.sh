@@ -2,7 +2,7 @@
 # The README's experiment in miniature, one row of it:  DATA=... WEIGHTS=... results/miniature.sh ROW SEED
 #
 # ROW: stage1, stage12, stage123 (AlignTok), sp0, sp5, cosine, before (its ablations), vae, vavae (the baselines),
-# margins0 (VA-VAE with a VF loss without margins), vae4800, vavae4800 (three times as long).
+# margins0 (VA-VAE with a VF loss without margins), aligntok4800, vae4800, vavae4800 (three times as long).
 # DATA: the folder of Tiny ImageNet with train/ and val/. WEIGHTS: a folder with dinov2.pth, vgg16.pth, lpips_heads.pth
 # and efficientnet-lite0-57934424.pth. OUT: where the runs go. A command that was stopped is repeated and goes on.
 # SEED 0 of stage12, vae and vavae also measures the curves: figures against training steps and sampling steps.
@@ -39,7 +39,7 @@ curve() {  # FINAL STEPS PARTS FLAGS...: for seed 0 with figures on fewer images
     train "$1" "$2" "${@:4}" "${final_figures[@]}"
 }
 case $row in
-    v*ae* | margins0 | stage123) ;;
+    v*ae* | margins0 | stage123 | aligntok4800) ;;
     *) python train_tokenizer.py "${flags[@]}" "${stage1[@]}" --steps 400 "${final_figures[@]}" ;;  # once
 esac
 case $row in
@@ -48,6 +48,10 @@ case $row in
     stage123) final=$out/aligntok/stage3.pt; train "$final" 400 --stage 3 --out "$out/aligntok" "${final_figures[@]}" ;;
     vae)      final=$runs/vae.pt; curve "$final" 1600 4 --model vae --out "$runs" ;;
     vavae)    final=$runs/vavae.pt; curve "$final" 1600 4 --model vavae "${encoder[@]}" --out "$runs" ;;
+    aligntok4800)
+              python train_tokenizer.py "${flags[@]}" "${stage1[@]}" --steps 1200 --out "$runs"
+              python train_tokenizer.py "${flags[@]}" "${stage2[@]}" --steps 2400 --out "$runs"
+              final=$runs/stage3.pt; train "$final" 1200 --stage 3 --out "$runs" "${final_figures[@]}" ;;
     vae4800)  final=$runs/vae.pt; train "$final" 4800 --model vae --out "$runs" "${final_figures[@]}" ;;
     vavae4800) final=$runs/vavae.pt
               train "$final" 4800 --model vavae "${encoder[@]}" --out "$runs" "${final_figures[@]}" ;;
