@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# CPU tensors without page faults, which took up to a third of a step (README, "Speed"): in huge pages, where Linux gives
-# them on request (PyTorch reads this at its first tensor), and from memory that glibc keeps instead of returning it.
+# CPU tensors without page faults, which took up to a third of a step (README, "Speed"): in huge pages, where Linux
+# gives them on request (PyTorch reads this at its first tensor), and from memory that glibc keeps, not returns.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 with contextlib.suppress(AttributeError):  # another C library
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

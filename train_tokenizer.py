@@ -365,10 +365,10 @@ def open_data(data, val, size, val_images):
 
 
 class View(Dataset):
-    """What a DataLoader reads: item (epoch, i) is image i as uint8 (3, size, size), which `batches` makes float; cropped
-    for training with the key's randomness, or with no key centre-cropped; its label; and, if `noise` is its shape, the
-    standard normal noise that a VAE samples with. An unreadable image is returned as the text of its error: a worker
-    has no better way."""
+    """What a DataLoader reads: item (epoch, i) is image i as uint8 (3, size, size), which `batches` makes float;
+    cropped for training with the key's randomness, or with no key centre-cropped; its label; and, if `noise` is its
+    shape, the standard normal noise that a VAE samples with. An unreadable image is returned as the text of its error:
+    a worker has no better way."""
 
     def __init__(self, data, size, key=None, noise=None):
         self.data, self.size, self.key, self.noise = data, size, key, noise

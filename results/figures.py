@@ -18,11 +18,12 @@ sys.path.insert(0, str(ROOT))
 NAMES = {"vae": "VAE", "vavae": "VA-VAE, convolutional encoder", "stage1": "AlignTok, stage 1",
          "stage12": "AlignTok, stages 1+2", "stage123": "AlignTok, stages 1+2+3", "sp0": "w_sp = 0", "sp5": "w_sp = 5",
          "cosine": "cosine instead of L2", "before": "loss before the adapter",
-         "margins0": "VA-VAE, no margins", "vae4800": "VAE, 4800 steps", "vavae4800": "VA-VAE, 4800 steps",
+         "margins0": "VA-VAE, no margins", "wvf1": "VA-VAE, no margins, w_vf = 1",
+         "vae4800": "VAE, 4800 steps", "vavae4800": "VA-VAE, 4800 steps",
          "aligntok4800": "AlignTok, 1200 + 2400 + 1200 steps"}
 TABLES = {"Main comparison": ["vae", "vavae", "stage1", "stage12", "stage123"],
           "Ablation": ["sp0", "stage12", "sp5", "before", "cosine"],
-          "Tried": ["margins0", "vae4800", "vavae4800", "aligntok4800"]}
+          "Tried": ["margins0", "wvf1", "vae4800", "vavae4800", "aligntok4800"]}
 COLOURS = {"stage12": "#0072b2", "vavae": "#d55e00", "vae": "#009e73"}
 
 
@@ -113,7 +114,8 @@ def pictures(runs):
     val, train = (tt.Folder(f"{os.environ['DATA']}/{part}") for part in ("val", "train"))
     x = torch.stack([tt.View(val, 64)[0, i][0] for i in range(25, 2000, 166)])
     x, lines, samples = tt.to_tensor(x), [], []
-    finals = {"vae": "vae/vae", "vavae": "vavae/vavae", **{f"stage{'123'[:n]}": f"aligntok/stage{n}" for n in (1, 2, 3)}}
+    finals = {"vae": "vae/vae", "vavae": "vavae/vavae",
+              "stage1": "aligntok/stage1", "stage12": "aligntok/stage2", "stage123": "aligntok/stage3"}
     for row, file in finals.items():
         tokenizer = Tokenizer.load(runs / f"{file}.pt")
         lines.append(tokenizer.decode(tokenizer.encode(x)))
