@@ -20,10 +20,10 @@ NAMES = {"vae": "VAE", "vavae": "VA-VAE, convolutional encoder", "stage1": "Alig
          "cosine": "cosine instead of L2", "before": "loss before the adapter",
          "margins0": "VA-VAE, no margins", "wvf1": "VA-VAE, no margins, w_vf = 1",
          "vae4800": "VAE, 4800 steps", "vavae4800": "VA-VAE, 4800 steps",
-         "aligntok4800": "AlignTok, 1200 + 2400 + 1200 steps"}
+         "wvf4800": "VA-VAE, no margins, w_vf = 1, 4800 steps", "aligntok4800": "AlignTok, 1200 + 2400 + 1200 steps"}
 TABLES = {"Main comparison": ["vae", "vavae", "stage1", "stage12", "stage123"],
           "Ablation": ["sp0", "stage12", "sp5", "before", "cosine"],
-          "Tried": ["margins0", "wvf1", "vae4800", "vavae4800", "aligntok4800"]}
+          "Tried": ["margins0", "wvf1", "vae4800", "vavae4800", "wvf4800", "aligntok4800"]}
 COLOURS = {"stage12": "#0072b2", "vavae": "#d55e00", "vae": "#009e73"}
 
 

@@ -3,7 +3,7 @@
 #
 # ROW: stage1, stage12, stage123 (AlignTok), sp0, sp5, cosine, before (its ablations), vae, vavae (the baselines),
 # margins0 (VA-VAE with a VF loss without margins), wvf1 (the same with ten times its weight), aligntok4800, vae4800,
-# vavae4800 (three times as long).
+# vavae4800, wvf4800 (three times as long).
 # DATA: the folder of Tiny ImageNet with train/ and val/. WEIGHTS: a folder with dinov2.pth, vgg16.pth, lpips_heads.pth
 # and efficientnet-lite0-57934424.pth. OUT: where the runs go. A command that was stopped is repeated and goes on.
 # SEED 0 of stage12, vae and vavae also measures the curves: figures against training steps and sampling steps.
@@ -40,7 +40,7 @@ curve() {  # FINAL STEPS PARTS FLAGS...: for seed 0 with figures on fewer images
     train "$1" "$2" "${@:4}" "${final_figures[@]}"
 }
 case $row in
-    v*ae* | margins0 | wvf1 | stage123 | aligntok4800) ;;
+    v*ae* | margins0 | wvf* | stage123 | aligntok4800) ;;
     *) python train_tokenizer.py "${flags[@]}" "${stage1[@]}" --steps 400 "${final_figures[@]}" ;;  # once
 esac
 case $row in
@@ -56,9 +56,10 @@ case $row in
     vae4800)  final=$runs/vae.pt; train "$final" 4800 --model vae --out "$runs" "${final_figures[@]}" ;;
     vavae4800) final=$runs/vavae.pt
               train "$final" 4800 --model vavae "${encoder[@]}" --out "$runs" "${final_figures[@]}" ;;
-    margins0 | wvf1)
-              final=$runs/vavae.pt; w_vf=0.1; [ "$row" = margins0 ] || w_vf=1
-              train "$final" 1600 --model vavae "${encoder[@]}" --vf-margins 0 0 --w-vf $w_vf --out "$runs" \
+    margins0 | wvf1 | wvf4800)
+              final=$runs/vavae.pt; steps=1600 w_vf=1
+              case $row in margins0) w_vf=0.1 ;; wvf4800) steps=4800 ;; esac
+              train "$final" $steps --model vavae "${encoder[@]}" --vf-margins 0 0 --w-vf $w_vf --out "$runs" \
                   "${final_figures[@]}" ;;
     *)        case $row in
                   sp0) extra=(--w-sp 0) ;;  sp5) extra=(--w-sp 5) ;;
