@@ -340,10 +340,10 @@ def encoder_state(content):
 def encoder_arguments(state):
     """The arguments of DINOv2 that fit a state dict: everything follows from the names and shapes of its tensors."""
     return {"dim": state["cls_token"].shape[-1],
-                "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-                "swiglu": "blocks.0.mlp.w12.weight" in state,
-                "registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
-                "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
+            "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+            "swiglu": "blocks.0.mlp.w12.weight" in state,
+            "registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
+            "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
 
 
 def load_encoder(spec):
@@ -886,9 +886,9 @@ def dit_arguments(state):
     tokens, head_dim = state["feat_rope.freqs_cos"].shape
     table = state.get("y_embedder.embedding_table.weight")
     return {"dim": dim, "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-                "heads": dim // head_dim, "d": d, "num_classes": 0 if table is None else len(table) - 1,
-                "grid": [math.isqrt(tokens) * patch] * 2, "patch": patch,
-                "qk_norm": "blocks.0.attn.q_norm.weight" in state}
+            "heads": dim // head_dim, "d": d, "num_classes": 0 if table is None else len(table) - 1,
+            "grid": [math.isqrt(tokens) * patch] * 2, "patch": patch,
+            "qk_norm": "blocks.0.attn.q_norm.weight" in state}
 
 
 def checkpoint_activations(model):
