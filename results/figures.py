@@ -115,7 +115,8 @@ def pictures(runs):
     x = torch.stack([tt.View(val, 64)[0, i][0] for i in range(25, 2000, 166)])
     x, lines, samples = tt.to_tensor(x), [], []
     finals = {"vae": "vae/vae", "vavae": "vavae/vavae",
-              "stage1": "aligntok/stage1", "stage12": "aligntok/stage2", "stage123": "aligntok/stage3"}
+              "stage1": "aligntok/stage1", "stage12": "aligntok/stage2", "stage123": "aligntok/stage3",
+              "vae4800": "vae4800/vae", "vavae4800": "vavae4800/vavae", "aligntok4800": "aligntok4800/stage3"}
     for row, file in finals.items():
         tokenizer = Tokenizer.load(runs / f"{file}.pt")
         lines.append(tokenizer.decode(tokenizer.encode(x)))
