@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # CPU tensors without page faults, which took up to a third of a step (README, "Speed"): in huge pages, where Linux
-# gives them on request (PyTorch reads this at its first tensor), and from memory that glibc keeps, not returns.
+# gives them on request (PyTorch reads this at its first tensor), and from memory that glibc keeps once it has it.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 with contextlib.suppress(AttributeError):  # another C library
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -117,7 +117,11 @@ def pictures(runs):
     finals = {"vae": "vae/vae", "vavae": "vavae/vavae",
               "stage1": "aligntok/stage1", "stage12": "aligntok/stage2", "stage123": "aligntok/stage3",
               "vae4800": "vae4800/vae", "vavae4800": "vavae4800/vavae", "aligntok4800": "aligntok4800/stage3"}
+    if lacking := [row for row in finals if not (runs / row / "guided.npz").exists()]:
+        print(f"pictures without the rows that are not in {runs}: {', '.join(lacking)}")
     for row, file in finals.items():
+        if row in lacking:
+            continue
         tokenizer = Tokenizer.load(runs / f"{file}.pt")
         lines.append(tokenizer.decode(tokenizer.encode(x)))
         images = np.load(runs / row / "guided.npz")["arr_0"][1::413][:12]
@@ -139,6 +143,8 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", type=Path, help="a seed's folder, such as runs/miniature/seed0")
     args = p.parse_args()
+    if args.runs and not (args.runs.is_dir() and {"DATA", "WEIGHTS"} <= os.environ.keys()):
+        p.error("--runs takes the folder of a seed, with DATA and WEIGHTS as for results/miniature.sh")
     rows = read()
     for title, names in TABLES.items():
         print(f"{title}\n\n{table(rows, names)}\n")

@@ -9,8 +9,16 @@
 # SEED 0 of stage12, vae and vavae also measures the curves: figures against training steps and sampling steps.
 # All figures of a row end in OUT/seed SEED/ROW.json; results/ holds those of the README.
 set -euo pipefail
-row=$1 seed=$2
+row=${1-} seed=${2-}
 cd "$(dirname "$0")/.."
+case $row in
+    stage1 | stage12 | stage123 | sp0 | sp5 | cosine | before | vae | vavae) ;;
+    margins0 | wvf1 | aligntok4800 | vae4800 | vavae4800 | wvf4800) ;;
+    *) echo "error: no such row: '$row'; the head of results/miniature.sh lists them" >&2; exit 1 ;;
+esac
+if ! [[ $seed =~ ^[0-9]+$ && -d ${DATA-} && -d ${WEIGHTS-} ]]; then
+    echo "error: it is DATA=FOLDER WEIGHTS=FOLDER results/miniature.sh ROW SEED; see its head" >&2; exit 1
+fi
 out=${OUT:-runs/miniature}/seed$seed
 runs=$out/$row
 mkdir -p "$runs"
@@ -46,7 +54,8 @@ esac
 case $row in
     stage1)   final=$out/aligntok/stage1.pt; train "$final" 400 "${stage1[@]}" ;;
     stage12)  final=$out/aligntok/stage2.pt; curve "$final" 800 2 "${stage2[@]}" --out "$out/aligntok" ;;
-    stage123) final=$out/aligntok/stage3.pt; train "$final" 400 --stage 3 --out "$out/aligntok" "${final_figures[@]}" ;;
+    stage123) results/miniature.sh stage12 "$seed"  # whose generator it decodes
+              final=$out/aligntok/stage3.pt; train "$final" 400 --stage 3 --out "$out/aligntok" "${final_figures[@]}" ;;
     vae)      final=$runs/vae.pt; curve "$final" 1600 4 --model vae --out "$runs" ;;
     vavae)    final=$runs/vavae.pt; curve "$final" 1600 4 --model vavae "${encoder[@]}" --out "$runs" ;;
     aligntok4800)
@@ -64,7 +73,6 @@ case $row in
     *)        case $row in
                   sp0) extra=(--w-sp 0) ;;  sp5) extra=(--w-sp 5) ;;
                   cosine) extra=(--sp-loss cosine) ;;  before) extra=(--sp-at encoder) ;;
-                  *) echo "no such row: $row" >&2; exit 1 ;;
               esac
               final=$runs/stage2.pt
               train "$final" 800 "${stage2[@]}" "${extra[@]}" --init "$out/aligntok/stage1.pt" --out "$runs" \
