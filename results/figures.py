@@ -119,6 +119,8 @@ def pictures(runs):
               "vae4800": "vae4800/vae", "vavae4800": "vavae4800/vavae", "aligntok4800": "aligntok4800/stage3"}
     if lacking := [row for row in finals if not (runs / row / "guided.npz").exists()]:
         print(f"pictures without the rows that are not in {runs}: {', '.join(lacking)}")
+    if len(lacking) == len(finals):
+        sys.exit("error: none is left; --runs takes a seed's folder, such as runs/miniature/seed0")
     for row, file in finals.items():
         if row in lacking:
             continue
