@@ -610,6 +610,40 @@ def test_stages_train_what_they_say():
     assert Image.open(out / "stage2_step00000002.png").size == (8 * 64, 128)
 
 
+@contextlib.contextmanager
+def recorded(module, name):
+    """Inside it, a list of (arguments, result) of every call of a module's function."""
+    calls, original = [], getattr(module, name)
+
+    def function(*args):
+        calls.append((args, original(*args)))
+        return calls[-1][1]
+
+    setattr(module, name, function)
+    try:
+        yield calls
+    finally:
+        setattr(module, name, original)
+
+
+def test_nothing_grows_with_the_steps():
+    """After two steps no parameter of an EMA, of the reference or of a frozen part holds a graph or a gradient."""
+    flags = [*SMALL, "--steps", "2", "--workers", "0"]
+    with folder() as d, mini_size():
+        with recorded(tt, "set_up_stage") as stages:
+            tt.main([*flags, "--out", str(d / "aligntok")])
+            tt.main([*flags, "--model", "vavae", "--out", str(d / "vavae")])
+        with recorded(train_dit, "update_ema") as updates:
+            train_dit.main([*mini_dit(d), "--steps", "2", "--out", str(d / "dit")])
+    modules = [m for _, s in stages for m in (s.tokenizer, s.discriminator, s.ema, s.reference, s.lpips) if m]
+    (ema, generator, _), _ = updates[-1]
+    assert len(modules) == 13 and len(updates) == 2
+    for module in (*modules, ema, generator):
+        for name, p in module.named_parameters():
+            assert p.grad_fn is None and (p.requires_grad or p.grad is None), name
+    assert not any(p.requires_grad for _, s in stages for m in (s.ema, s.reference) if m for p in m.parameters())
+
+
 def test_ablations_of_stage_2():
     """L_sp before the adapter, and as a cosine: zero at the first step, since stage 2 starts where stage 1 ended."""
     start, sp = small_run() / "stage1.pt", {}

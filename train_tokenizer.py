@@ -27,6 +27,7 @@ import copy
 import csv
 import fcntl
 import hashlib
+import multiprocessing
 import operator
 import os
 import signal
@@ -717,7 +718,6 @@ def load_optimiser(opt, state):
             raise ValueError("the optimiser's count of steps is not one number")
 
 
-@torch.no_grad()
 def same_on_all_ranks(step, out):
     """Every rank must resume from the same step: nodes that see different folders would train different things."""
     if dist.is_initialized():
@@ -727,6 +727,7 @@ def same_on_all_ranks(step, out):
             raise UserError(f"the ranks resume from different steps {steps}: --out {out} must be a folder that all see")
 
 
+@torch.no_grad()  # else every EMA parameter would carry the graph of all updates since the start
 def update_ema(ema, model, decay):
     """ema <- decay * ema + (1 - decay) * model, for the parameters that train; frozen ones are equal already."""
     pairs = [(e, p) for e, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
@@ -755,6 +756,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def end_workers():
+    """Ends the loader's workers. They ignore SIGTERM (keep_loading), by which Python's exit handler would ask them to
+    end; it would then wait for them for ever."""
+    if workers := multiprocessing.active_children():
+        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise, in place of what went wrong
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in workers:
+            worker.kill()
+
+
 def run(main):
     """Runs a script's main: a user's mistake is one line on stderr and exit status 1, not a traceback."""
     with contextlib.suppress(AttributeError):  # not a stream of the system's
@@ -771,6 +782,8 @@ def run(main):
         if dist.is_initialized() and any(words in str(e) for words in ("by peer", "Broken pipe", "Timed out")):
             sys.exit("error: another rank has stopped")  # gloo: it has left, and said why, or it hangs
         raise
+    finally:
+        end_workers()
     if dist.is_initialized():
         dist.destroy_process_group()
 
