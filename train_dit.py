@@ -1,109 +1,205 @@
-"""Trains LightningDiT on the latents of an aligned tokenizer, by flow matching (AlignTok, Sections 3.3 and 4).
+"""Trains LightningDiT on the latents of an aligned tokenizer, by flow matching (AlignTok, Sections
+3.3 and 4).
 
-    z_t = (1 - t) z0 + t z1,  z1 ~ N(0, I),  u = z1 - z0,  L = E || v(z_t, t, y) - u ||^2,   t = 0 data, t = 1 noise
+    z_t = (1 - t) z0 + t z1,  z1 ~ N(0, I),  t = 0 data, t = 1 noise
+    L = E || v(z_t, t, y) - (z1 - z0) ||^2
 
-On a CPU, after the tokenizer's tiny run:   python train_dit.py --preset tiny
-One GPU:                                    python train_dit.py --data data/imagenet/train --accum 8
-Eight GPUs, the paper's 80K steps:          torchrun --nproc_per_node 8 train_dit.py --model XL/1
-The paper's 800 epochs:                     torchrun --nproc_per_node 8 train_dit.py --qk-norm --steps 1000000
+CPU, after the tokenizer's tiny run:  python train_dit.py --preset tiny
+One GPU:                              python train_dit.py --accum 8
+Eight GPUs, the paper's 80K steps:    torchrun --standalone --nproc_per_node 8 train_dit.py
+The paper's 800 epochs:               ... train_dit.py --qk-norm --steps 1000000 --out runs/dit800
 
-A run is a folder, runs/dit: latents.npy (each image encoded once, as it is and flipped; normalised, fp16), the last two
-dit_step*.pt (they resume, and sample.py reads their EMA), log.csv, and PNG grids drawn from the EMA.
-Repeating a command resumes it. What an image meets in an epoch (flip, dropped label, t, z1) is a function of (seed,
-epoch, image): neither a resume nor the number of workers or ranks changes it.
+A run is a folder, runs/dit: latents.npy (each image encoded once, as it is and flipped; normalised,
+fp16), the last two dit_step*.pt (they resume, and sample.py reads their EMA), log.csv, PNG grids
+drawn from the EMA. The same command resumes it. What an image meets in an epoch (flip, dropped
+label, t, z1) is a function of (seed, epoch, image).
 
-Departures from LightningDiT's code: the paper's time direction; the gradient is clipped; labels are dropped, and noise
-is drawn, where the data is read, so that the loop is plain.
+Departures from LightningDiT's code: the paper's direction of time; the gradient is clipped; labels
+are dropped, and noise is drawn, where the data is read, so that the loop is plain.
 
 Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 """
-import argparse
 import copy
 import hashlib
 import operator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import losses
-from model import DITS, LightningDiT, UserError, checkpoint_activations, load_strictly, print_0, reading
-from sample import Rows, choose_labels, generate, grid_rows, load_tokenizer, time_grid
-from train_tokenizer import (
-    Meter,
-    Order,
-    Parser,
-    Run,
-    View,
-    autocast_dtype,
+import runs
+import toy
+from baselines import VAE
+from data import (
+    Crops,
+    ShuffledBatches,
     batches,
     center_crop,
-    check_weights,
-    load_optimiser,
-    no_sync,
-    open_data,
+    open_folders,
     rng,
-    rng_states,
-    run,
-    same_on_all_ranks,
     save_grid,
-    setup_ranks,
     to_pixels,
     to_tensor,
-    update_ema,
-    wrap,
 )
+from files import (
+    BatchedArray,
+    UserError,
+    fingerprint,
+    load_strictly,
+    load_tokenizer,
+    print_0,
+    reading,
+    require_statistics,
+)
+from model import DITS, LightningDiT, update_ema
+from runs import count, fraction, index, positive, weight
+from sample import choose_labels, generate, grid_rows, time_grid
 
-# The defaults of the flags of the same name. size: image side in px.
-PRESETS = {
-    "tiny": {"model": "tiny", "data": "shapes", "size": 64, "steps": 1200, "batch_size": 64, "lr": 2e-3,
-             "ema_decay": 0.995, "workers": 0, "log_every": 25, "save_every": 400, "grid_every": 400,
-             "encode_batch": 64, "val_images": 512},
-    "paper": {"model": "XL/1", "data": "data/imagenet/train", "size": 256, "steps": 80_000, "batch_size": 1024,
-              "lr": 2e-4, "ema_decay": 0.9999, "workers": 8, "log_every": 100, "save_every": 5_000,
-              "grid_every": 5_000, "encode_batch": 128, "val_images": 5_000},
-}
 BINS = 5  # of t, in the log
 COLUMNS = ["step", "loss", "mse", "cosine", "grad_norm",
            *(f"mse_t{i / BINS:g}-{(i + 1) / BINS:g}" for i in range(BINS))]
 
 
-# ---------------------------------------------------------------------------------------------------- latents, noise
+# ---------------------------------------------------------------------------------------- training
+
+def training_step(batch, s, args, last):
+    """One micro-batch: backward through the flow-matching loss. batch: (z0, or with --no-cache the
+    images; y; N(0, 1) for t; z1). Returns what is logged, as scalars on the device."""
+    z0, y, normal, z1 = batch
+    if s.encode:
+        with torch.no_grad():
+            z0 = s.tokenizer.normalize(s.tokenizer.encode(z0))  # (B, d, h, w)
+    t = losses.logit_normal(normal)  # (B,)
+    with runs.no_sync(s.ddp_model, not last):
+        with s.autocast():
+            loss, mse, cosine = losses.flow_matching(s.ddp_model, z0, z1, t, y, args.w_cos)
+        (loss / args.accum).backward()
+    log = {"loss": loss.detach(), "mse": mse.mean(), "cosine": cosine}
+    sums, numbers = by_time(mse, t)
+    for i in range(BINS):
+        log |= {f"sum{i}": sums[i], f"number{i}": numbers[i]}
+    return log
+
+
+def update(s, args):
+    """Clips the gradient, one step of AdamW, then the EMA. Returns the gradient's norm."""
+    norm = torch.nn.utils.clip_grad_norm_(s.trained, args.clip)
+    s.opt.step()
+    s.opt.zero_grad(set_to_none=True)
+    update_ema(s.ema, s.model, args.ema_decay)
+    return norm
+
+
+def train(args, run, s, stream, device):
+    """From the step that `s` is at to the last one."""
+    bar = tqdm(total=args.steps, initial=s.step, desc="generator", disable=run.rank != 0,
+               mininterval=1)
+    run.defer_signals(True)
+    while s.step < args.steps:
+        for micro in range(args.accum):
+            log = training_step(next(stream), s, args, last=micro == args.accum - 1)
+            s.meter.add(s.step + 1, log)
+        norm = update(s, args)
+        s.step += 1
+        bar.update()
+
+        if runs.due(s.step, args.log_every, args.steps):
+            s.meter.check(run, "dit")
+            row = {"step": s.step} | averages(s.meter) | {"grad_norm": norm.item()}
+            run.log(row)
+            bar.set_postfix(mse=f"{row['mse']:.3f}", cosine=f"{row['cosine']:.3f}")
+            if s.step % args.log_every == 0:
+                s.meter.reset()
+        if runs.due(s.step, args.grid_every, args.steps) and run.rank == 0:
+            sample_grid(s, args, run.out / f"dit_step{s.step:08d}.png")
+        stop = run.should_stop()
+        if runs.due(s.step, args.save_every, args.steps) or stop:
+            run.save("dit", s.step, [s.model], s.meter, state(s))
+        if stop and s.step < args.steps:
+            bar.close()
+            run.leave("dit", s.step)
+    bar.close()
+    run.defer_signals(False)
+    print_0(f"complete: {run.last_good('dit')}")
+
+
+def by_time(values, t):
+    """Values (B,) at times t (B,) -> their sums and numbers (BINS,) in equal bins of [0, 1],
+    without waiting for the device. The loss varies more with t than over most of the training, so
+    only like compares with like."""
+    member = F.one_hot((t * BINS).long().clamp_max(BINS - 1), BINS).to(values.dtype)  # (B, BINS)
+    return values @ member, member.sum(0)
+
+
+def averages(meter):
+    """A row of log.csv: the squared error in a bin of t is its sum over its number, over all
+    ranks."""
+    mean = meter.average()
+    row = {k: mean[k] for k in ("loss", "mse", "cosine")}
+    for i, column in enumerate(COLUMNS[-BINS:]):
+        number = mean[f"number{i}"]
+        row[column] = mean[f"sum{i}"] / number if number else ""
+    return row
+
+
+def sample_grid(s, args, path):
+    """Eight images of up to twelve classes, one class a row. Without guidance, which flatters: so
+    progress shows sooner."""
+    K, labels, n = s.ema.num_classes, None, 64
+    if K:
+        classes = np.unique(np.linspace(0, K - 1, min(K, 12)).astype(int))
+        n = 8 * len(classes)
+        labels = choose_labels(",".join(map(str, classes)), K, n, args.seed)
+    images, _ = generate(s.ema, s.tokenizer, np.arange(n), labels, args.seed, time_grid(20),
+                         dtype=s.dtype)
+    save_grid(grid_rows(images.cpu(), labels), path)
+
+
+# ------------------------------------------------------------------------------------ latents, noise
 
 @torch.no_grad()
 def cached_latents(path, tokenizer, data, args, device):
-    """The normalised latents of all images, a read-only memory map (n, 2, d, h, w) fp16: as it is, and flipped.
+    """The normalised latents of all images, a read-only memory map (n, 2, d, h, w) fp16: each as
+    it is, and flipped.
 
-    Encoded once, by all ranks; a run that was stopped goes on from there. In fp32, so that a latent does not depend on
-    the hardware's bf16. The file belongs to one tokenizer (its fingerprint) and one data set (its file names, and the
-    pixels of a few images): any other is refused."""
+    Encoded once, by all ranks; after a stop it goes on with what is missing. In fp32, so that a
+    latent does not depend on the hardware's bf16. The file belongs to one tokenizer (its
+    fingerprint) and one data set (its file names, and the pixels of a few images): any other is
+    refused."""
     n, side = len(data), args.size // tokenizer.factor
-    few = View(data, args.size)
-    pixels = hashlib.sha256()
+    crops, pixels = Crops(data, args.size), hashlib.sha256()
     for i in np.linspace(0, n - 1, min(n, 8)).astype(int):
-        item = few[0, int(i)]
+        item = crops[0, int(i)]
         pixels.update(item.encode() if isinstance(item, str) else item[0].numpy().tobytes())
-    about = {"tokenizer": tokenizer.fingerprint(), "data": data.identity, "pixels": pixels.hexdigest()[:16],
-             "size": args.size}
-    rows = Rows(path, n, (2, tokenizer.d, side, side), np.float16, about, args.overwrite)
-    if not rows.complete:
-        print_0(f"encoding {len(rows.missing)} of {n} images, original and flipped, into {path} "
-                f"({n * 4 * tokenizer.d * side ** 2 / 2 ** 30:.2f} GiB)")
-        mine = rows.mine(args.encode_batch)
-        order = [[(0, int(i)) for i in indices] for indices in mine]
-        stream = batches(few, order, args.workers, device)
-        for indices, (x, _) in zip(mine, tqdm(stream, "encoding", len(mine), disable=rows.rank != 0, mininterval=1)):
-            z = tokenizer.normalize(tokenizer.encode(torch.stack([x, x.flip(3)], 1).flatten(0, 1)))  # (2B, d, h, w)
-            if not z.half().isfinite().all():
-                raise UserError(f"a latent of images {indices[0]} to {indices[-1]} is not finite in fp16")
-            rows.write(indices, z.unflatten(0, (-1, 2)).half().cpu().numpy())
-        rows.finish()
-    # No checksum: reading ImageNet's 39 GiB first would cost minutes; a flipped bit is one latent with a wrong value
+    recipe = {"tokenizer": fingerprint(tokenizer), "data": data.identity,
+              "pixels": pixels.hexdigest()[:16], "size": args.size}
+    shape = (2, tokenizer.d, side, side)
+    array = BatchedArray(path, n, shape, np.float16, recipe, args.overwrite)
+    if not array.complete:
+        missing = array.missing(args.encode_batch)
+        gib = n * 4 * tokenizer.d * side ** 2 / 2 ** 30
+        print_0(f"encoding {n} images, original and flipped, into {path} ({gib:.2f} GiB)")
+        order = [[(0, i) for i in batch] for batch in missing]
+        stream = batches(crops, order, args.workers, device)
+        bar = tqdm(stream, "encoding", len(missing), disable=array.rank != 0, mininterval=1)
+        for batch, (x, _) in zip(missing, bar):
+            x = torch.stack([x, x.flip(3)], dim=1).flatten(0, 1)  # (2B, 3, H, W)
+            z = tokenizer.normalize(tokenizer.encode(x)).half()  # (2B, d, h, w)
+            if not z.isfinite().all():
+                raise UserError(f"a latent of images {batch[0]} to {batch[-1]} is not finite in "
+                                "fp16")
+            array.write(batch, z.unflatten(0, (-1, 2)).cpu().numpy())
+        array.finish()
+    # No checksum: reading ImageNet's 39 GiB would cost minutes, and a flipped bit is one value
     with reading(path, "cache of latents (delete it, and it is made anew)"):
         latents = np.load(path, mmap_mode="r")
-        if (latents.shape, latents.dtype) != ((n, 2, tokenizer.d, side, side), np.float16):
+        if (latents.shape, latents.dtype) != ((n, *shape), np.float16):
             raise ValueError(f"it holds {latents.dtype} {latents.shape}")
         if Path(path).stat().st_size != latents.offset + latents.nbytes:
             raise ValueError("bytes follow its end")
@@ -111,225 +207,197 @@ def cached_latents(path, tokenizer, data, args, device):
 
 
 class FlowData(Dataset):
-    """What a DataLoader reads: item (epoch, i) is (x, y, n, z1). x: the latent (d, h, w) of image i, or, without
-    `latents`, its pixels; original or flipped. y: its class, or K where the label is dropped. n ~ N(0, 1) makes t.
-    z1: noise (d, h, w)."""
+    """What a loader reads: item (epoch, i) is (x, y, normal, z1). x: the latent (d, h, w) of image
+    i, or, without `latents`, its pixels; original or flipped. y: its class, or K where the label is
+    dropped. normal ~ N(0, 1) makes t. z1: noise (d, h, w)."""
 
     def __init__(self, data, latents, shape, num_classes, args):
-        self.data, self.latents, self.shape, self.num_classes = data, latents, shape, num_classes
-        self.size, self.seed, self.drop = args.size, args.seed, args.label_drop
+        self.data, self.latents, self.shape = data, latents, shape
+        self.num_classes, self.label_drop = num_classes, args.label_drop
+        self.size, self.seed = args.size, args.seed
 
     def __getitem__(self, item):
         epoch, i = item
         r = rng(self.seed, "flow", epoch, i)
-        flip, dropped, n = r.random() < 0.5, r.random() < self.drop, torch.tensor(r.standard_normal()).float()
+        flip, dropped = r.random() < 0.5, r.random() < self.label_drop
+        normal = torch.tensor(r.standard_normal()).float()
         z1 = torch.from_numpy(r.standard_normal(self.shape, np.float32))
         if self.latents is not None:
             x = torch.from_numpy(self.latents[i, int(flip)].astype(np.float32))
         else:
             try:
                 x = to_tensor(to_pixels(center_crop(self.data.image(i), self.size)))
-            except UserError as e:
+            except UserError as e:  # as text: a worker has no better way
                 return str(e)
             x = x.flip(2) if flip else x
-        y = self.num_classes if dropped or not self.num_classes else self.data.labels[i]
-        return x, y, n, z1
+        no_label = dropped or not self.num_classes
+        y = self.num_classes if no_label else self.data.labels[i]
+        return x, y, normal, z1
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------- set up and resume
 
-def training_step(batch, s, args, last):
-    """One micro-batch, backward. Returns what is logged, as scalars on the device."""
-    x, y, n, z1 = batch
-    if s.encode:  # --no-cache
-        with torch.no_grad():
-            x = s.tokenizer.normalize(s.tokenizer.encode(x))
-    z0, t = x, losses.logit_normal(n)
-    with no_sync(s.network, not last):
-        with s.autocast():
-            loss, mse, cosine = losses.flow_matching(s.network, z0, z1, t, y, args.w_cos)
-        (loss / args.accum).backward()
-    log = {"loss": loss.detach(), "mse": mse.mean(), "cosine": cosine}
-    for kind, values in zip(("sum", "number"), losses.by_time(mse, t, BINS)):
-        log.update({f"{kind}{i}": value for i, value in enumerate(values)})
-    return log
-
-
-def averages(meter, norm):
-    """A row of log.csv: the mean squared error in a bin of t is its sum over its number, over all ranks."""
-    mean = meter.average()
-    row = {k: mean[k] for k in ("loss", "mse", "cosine")}
-    for i, column in enumerate(COLUMNS[-BINS:]):
-        row[column] = mean[f"sum{i}"] / mean[f"number{i}"] if mean[f"number{i}"] else ""
-    return dict(row, grad_norm=norm.item())
-
-
-def sample_grid(ema, tokenizer, args, dtype, path):
-    """Eight images of up to twelve classes, one a row, without guidance: it flatters less and shows progress sooner."""
-    K = ema.num_classes
-    classes = np.unique(np.linspace(0, K - 1, min(K, 12)).astype(int)) if K else None
-    labels = choose_labels(",".join(map(str, classes)), K, 8 * len(classes), args.seed) if K else None
-    n = len(labels) if K else 64
-    images, _ = generate(ema, tokenizer, np.arange(n), labels, args.seed, time_grid(20), dtype=dtype)
-    save_grid(grid_rows(images.cpu(), labels), path)
-
-
-def train(args, run_, rank, world, device):
-    data, _ = open_data(args.data, args.val, args.size, args.val_images)
-    tokenizer = load_tokenizer(args.tokenizer).requires_grad_(False).to(device)
+def set_up(args, run, data, device):
+    """(networks, optimiser, EMA and recipe; the latents or None)."""
+    tokenizer = load_tokenizer(args.tokenizer, VAE).requires_grad_(False).to(device)
+    require_statistics(tokenizer, args.tokenizer)
     if args.size % tokenizer.factor:
         raise UserError(f"--size must be divisible by {tokenizer.factor}, not {args.size}")
     K = len(data.classes) if data.labels and not args.unconditional else 0
     side = args.size // tokenizer.factor
-    shape = (tokenizer.d, side, side)
-    cache = args.cache or run_.out / "latents.npy"
-    latents = None if args.no_cache else cached_latents(cache, tokenizer, data, args, device)
+    latents = None
+    if not args.no_cache:
+        path = args.cache or run.out / "latents.npy"
+        latents = cached_latents(path, tokenizer, data, args, device)
 
-    torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))
-    model = LightningDiT(**DITS[args.model], d=shape[0], num_classes=K, grid=shape[1:], qk_norm=args.qk_norm).to(device)
+    torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))  # the same on every rank
+    model = LightningDiT(**DITS[args.model], d=tokenizer.d, num_classes=K, grid=(side, side),
+                         qk_norm=args.qk_norm).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, args.lr, betas=(0.9, args.beta2), weight_decay=0, fused=True)
-    dtype = autocast_dtype(args.dtype, device)
-    same = dict(tokenizer=tokenizer.fingerprint(), data=data.identity, classes=K, dtype=str(dtype)[len("torch."):],
-                cached=latents is not None, **{k: getattr(args, k) for k in (
-                    "model", "qk_norm", "size", "batch_size", "accum", "lr", "beta2", "clip", "w_cos", "label_drop",
-                    "ema_decay", "seed")})
-    meter, step, prefix = Meter(device), 0, "dit"
+    dtype = runs.autocast_dtype(args.dtype, device)
+    recipe = {"tokenizer": fingerprint(tokenizer), "data": data.identity, "classes": K,
+              "dtype": str(dtype).removeprefix("torch."), "cached": latents is not None}
+    recipe |= {k: getattr(args, k) for k in (
+        "model", "qk_norm", "size", "batch_size", "accum", "lr", "beta2", "clip", "w_cos",
+        "label_drop", "ema_decay", "seed")}
+    return SimpleNamespace(
+        tokenizer=tokenizer, model=model, ema=ema, trained=trained, opt=opt, recipe=recipe,
+        step=0, meter=runs.Meter(device), encode=latents is None, dtype=dtype,
+        autocast=partial(runs.autocast, device, dtype)), latents
 
-    saved = run_.resume(prefix, same)
+
+def state(s):
+    """All that a resume needs, and what sample.py reads."""
+    return {"step": s.step, "recipe": s.recipe, "arguments": s.model.arguments,
+            "model": s.model.state_dict(), "ema": s.ema.state_dict(), "opt": s.opt.state_dict(),
+            "meter": s.meter.state(), "rng": runs.rng_states()}
+
+
+def resume(s, args, run):
+    """Loads the last good checkpoint, where there is one."""
+    saved = run.resume("dit", s.recipe)
     if saved:
-        path = run_.last_good(prefix)
+        path = run.last_good("dit")
         with reading(path, "checkpoint"):
-            load_strictly(model, saved["model"], path)
-            load_strictly(ema, saved["ema"], path)
-            load_optimiser(opt, saved["opt"])
-            meter.load(saved["meter"])
-            step = operator.index(saved["step"])
-            torch.set_rng_state(saved["rng"][rank % len(saved["rng"])])
-        if step > args.steps:
-            raise UserError(f"{run_.last_good(prefix)} is already at step {step}; --steps {args.steps} is behind it")
-    same_on_all_ranks(step, args.out)
-    # After the last logged step: the meter still holds what came later. But the last step of all has its row.
-    run_.rewind_log(step if step == args.steps else step // args.log_every * args.log_every)
+            load_strictly(s.model, saved["model"], path)
+            load_strictly(s.ema, saved["ema"], path)
+            runs.load_optimiser(s.opt, saved["opt"])
+            s.meter.load(saved["meter"])
+            s.step = operator.index(saved["step"])
+            torch.set_rng_state(saved["rng"][run.rank % len(saved["rng"])])
+        if s.step > args.steps:
+            raise UserError(f"{path} is already at step {s.step}; --steps {args.steps} is behind "
+                            "it")
+    runs.check_same_step(s.step, args.out)
+    run.rewind_log(s.step, args.steps, args.log_every)
 
+
+def training_latents(s, args, run, data, latents, world, device):
+    """The endless stream of (x, y, normal, z1) from the step on; wraps the network for DDP first,
+    and says what will train."""
     if args.checkpointing:
-        checkpoint_activations(model)
-    if args.compile:  # block by block and in place: keys stay
-        for block in model.blocks:
+        runs.checkpoint_activations(s.model)
+    if args.compile:  # in place, so keys stay
+        for block in s.model.blocks:
             block.compile()
-    s = argparse.Namespace(
-        tokenizer=tokenizer, network=wrap(model, device), encode=latents is None,
-        autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
-    order = Order(len(data), args.batch_size, (args.seed, "order"), step, args.accum, rank, world)
-    stream = batches(FlowData(data, latents, shape, K, args), order, args.workers, device)
-    print_0(f"LightningDiT {args.model}: {sum(p.numel() for p in trained) / 1e6:.2f}M parameters train; latents "
-            f"{'x'.join(map(str, shape))}, {f'{K} classes' if K else 'unconditional'}\n  {len(data)} images, batch "
-            f"{args.batch_size} = {world} ranks x {args.accum} micro-batches x {args.batch_size // world // args.accum}"
-            f", {len(data) / args.batch_size:.1f} steps an epoch, {args.steps} steps = "
-            f"{args.steps * args.batch_size / len(data):.1f} epochs{f', resuming at step {step}' if step else ''}\n"
-            f"  {device.type}, {str(dtype).removeprefix('torch.')}, latents {'encoded anew' if s.encode else 'cached'}")
-
-    bar = tqdm(total=args.steps, initial=step, desc="generator", disable=rank != 0, mininterval=1)
-    run_.defer_signals(True)
-    while step < args.steps:
-        for micro in range(args.accum):
-            meter.add(step + 1, training_step(next(stream), s, args, last=micro == args.accum - 1))
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        update_ema(ema, model, args.ema_decay)
-        step += 1
-        bar.update()
-
-        if step % args.log_every == 0 or step == args.steps:
-            meter.check(run_, prefix)
-            row = dict(step=step, **averages(meter, norm))
-            run_.log(row)
-            if step % args.log_every == 0:
-                meter.reset()
-            bar.set_postfix(mse=f"{row['mse']:.3f}", cosine=f"{row['cosine']:.3f}")
-        if rank == 0 and (step % args.grid_every == 0 or step == args.steps):
-            sample_grid(ema, tokenizer, args, dtype, run_.out / f"{prefix}_step{step:08d}.png")
-        stop = run_.should_stop()
-        if step % args.save_every == 0 or step == args.steps or stop:
-            meter.check(run_, prefix)
-            check_weights(model, run_, prefix)
-            run_.save(prefix, step, {
-                "step": step, "run": same, "arguments": model.arguments, "model": model.state_dict(),
-                "ema": ema.state_dict(), "opt": opt.state_dict(), "meter": meter.state(), "rng": rng_states()})
-        if stop and step < args.steps:
-            bar.close()
-            raise UserError(f"stopped by a signal at step {step}; saved {run_.last_good(prefix)}; repeat the command "
-                            "to go on")
-    bar.close()
-    run_.defer_signals(False)
-    print_0(f"complete: {run_.last_good(prefix)}")
+    s.ddp_model = runs.wrap(s.model, device)
+    K, shape = s.model.num_classes, (s.model.d, *s.model.arguments["grid"])
+    order = ShuffledBatches(len(data), args.batch_size, (args.seed, "order"), s.step, args.accum,
+                            run.rank, world)
+    local, epoch = args.batch_size // world // args.accum, len(data) / args.batch_size
+    resuming = f", resuming at step {s.step}" if s.step else ""
+    print_0(
+        f"LightningDiT {args.model}: {sum(p.numel() for p in s.trained) / 1e6:.2f}M parameters "
+        f"train; latents {'x'.join(map(str, shape))}, {f'{K} classes' if K else 'unconditional'}\n"
+        f"  {len(data)} images, batch {args.batch_size} = {world} ranks x {args.accum} "
+        f"micro-batches x {local}, {epoch:.1f} steps an epoch, {args.steps} steps = "
+        f"{args.steps / epoch:.1f} epochs{resuming}\n"
+        f"  {device.type}, {s.recipe['dtype']}, latents {'encoded anew' if s.encode else 'cached'}")
+    return batches(FlowData(data, latents, shape, K, args), order, args.workers, device)
 
 
-# -------------------------------------------------------------------------------------------------------------- CLI
+# -------------------------------------------------------------------------------- the command line
+
+# The defaults of the flags of the same name. size: image side in px.
+PRESETS = {
+    "tiny": {
+        "model": "tiny", "data": "shapes", "size": 64, "steps": 1200, "batch_size": 64,
+        "lr": 2e-3, "ema_decay": 0.995, "workers": 0, "log_every": 25, "save_every": 400,
+        "grid_every": 400, "encode_batch": 64, "val_images": 512},
+    "paper": {
+        "model": "XL/1", "data": "data/imagenet/train", "size": 256, "steps": 80_000,
+        "batch_size": 1024, "lr": 2e-4, "ema_decay": 0.9999, "workers": 8, "log_every": 100,
+        "save_every": 5_000, "grid_every": 5_000, "encode_batch": 128, "val_images": 5_000},
+}
+
 
 def parse(argv=None):
-    p = Parser(__doc__)
+    p = runs.Parser(__doc__)
     add = p.add_argument
     add("--preset", choices=PRESETS, default="paper", help="default: %(default)s")
-    add("--tokenizer", default="runs/tokenizer/stage3.pt", help="default: %(default)s; stage 2's has the same latents")
-    add("--data", help="folder of images, one folder per class (flat: unconditional); 'shapes' for the built-in data")
+    add("--tokenizer", default="runs/tokenizer/stage3.pt",
+        help="default: %(default)s; stage 2's has the same latents")
+    add("--data", help="folder of images, one folder per class (flat: unconditional); 'shapes': "
+                       "built in")
     add("--val", help="folder of held-out images, which do not train (as in train_tokenizer.py)")
-    add("--val-images", type=int, help="how many are held out at most, where there is no other folder for them")
+    add("--val-images", type=count,
+        help="how many are held out at most, where there is no other folder for them")
     add("--out", default="runs/dit", help="the run's folder (default: %(default)s)")
     add("--model", choices=DITS, help="size")
     add("--qk-norm", action="store_true", help="RMSNorm on queries and keys: for long trainings")
     add("--unconditional", action="store_true", help="ignore the classes")
-    add("--steps", type=int)
-    add("--batch-size", type=int, help="global: over all ranks and micro-batches")
-    add("--accum", type=int, default=1, help="micro-batches per step")
-    add("--lr", type=float, help="of AdamW, constant")
-    add("--beta2", type=float, default=0.95, help="of AdamW (default: %(default)s)")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient; inf: none (default: %(default)s)")
-    add("--w-cos", type=float, default=1.0, help="weight of the velocity-direction loss (default: %(default)s)")
-    add("--label-drop", type=float, default=0.1, help="part of the labels dropped, for guidance (default: %(default)s)")
-    add("--ema-decay", type=float)
-    add("--seed", type=int, default=0)
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="of autocast; auto: bf16 where it is native")
-    add("--size", type=int, help="image side in px")
+    add("--steps", type=count)
+    add("--batch-size", type=count, help="global: over all ranks and micro-batches")
+    add("--accum", type=count, default=1, help="micro-batches per step")
+    add("--lr", type=positive, help="of AdamW, constant")
+    add("--beta2", type=fraction, default=0.95, help="of AdamW (default: %(default)s)")
+    add("--clip", type=positive, default=1.0,
+        help="largest norm of the gradient; inf: none (default: %(default)s)")
+    add("--w-cos", type=weight, default=1.0,
+        help="weight of the velocity-direction loss (default: %(default)s)")
+    add("--label-drop", type=fraction, default=0.1,
+        help="part of the labels dropped, for guidance (default: %(default)s)")
+    add("--ema-decay", type=fraction)
+    add("--seed", type=index, default=0)
+    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
+        help="of autocast; auto: bf16 where it is native")
+    add("--size", type=count, help="image side in px")
     add("--cache", help="file of the latents (default: latents.npy in --out); runs may share it")
     add("--no-cache", action="store_true", help="encode every batch anew: no disk, more time")
-    add("--encode-batch", type=int, help="images at once while the cache is made")
-    add("--workers", type=int, help="loader processes per rank")
+    add("--encode-batch", type=count, help="images at once while the cache is made")
+    add("--workers", type=index, help="loader processes per rank")
     add("--compile", action="store_true", help="torch.compile the blocks")
-    add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, slower")
-    add("--log-every", type=int, help="steps")
-    add("--save-every", type=int, help="steps")
-    add("--grid-every", type=int, help="steps")
-    add("--overwrite", action="store_true", help="start again, whatever is in --out; a cache that fits stays")
+    add("--checkpointing", action="store_true",
+        help="recompute activations in the backward pass: less memory, slower")
+    add("--log-every", type=count, help="steps")
+    add("--save-every", type=count, help="steps")
+    add("--grid-every", type=count, help="steps")
+    add("--overwrite", action="store_true",
+        help="start again, whatever is in --out; a cache that fits stays")
     args = p.parse_args(argv)
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("steps", "batch_size", "accum", "size", "encode_batch", "log_every", "save_every", "grid_every",
-                 "val_images"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if min(args.lr, args.clip) <= 0 or min(args.w_cos, args.workers, args.seed) < 0 or \
-            not 0 <= args.ema_decay < 1 or not 0 <= args.beta2 < 1 or not 0 <= args.label_drop < 1:
-        raise UserError("--lr and --clip must be positive, --w-cos, --workers and --seed not negative, --ema-decay, "
-                        "--beta2 and --label-drop in [0, 1)")
+    p.fill(args, PRESETS)
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    rank, world, device = setup_ranks()
-    if args.batch_size % (world * args.accum):
-        raise UserError(f"--batch-size {args.batch_size} does not split into {world} ranks x {args.accum} "
-                        "micro-batches")
-    with Run(args.out, rank, COLUMNS) as run_:
+    rank, world, device = runs.setup_ranks()
+    runs.check_batch_size(args, world)
+    with runs.Run(args.out, rank, COLUMNS) as run:
         if args.overwrite and rank == 0:
-            for path in [*run_.out.glob("dit_step*"), run_.out / "log.csv"]:
+            for path in [*run.out.glob("dit_step*"), run.out / "log.csv"]:
                 path.unlink(missing_ok=True)
-        train(args, run_, rank, world, device)
+        if args.data == "shapes":
+            data, _ = toy.open_shapes(args.val, args.size, args.val_images)
+        else:
+            data, _ = open_folders(args.data, args.val, args.val_images)
+        s, latents = set_up(args, run, data, device)
+        resume(s, args, run)
+        stream = training_latents(s, args, run, data, latents, world, device)
+        train(args, run, s, stream, device)
 
 
 if __name__ == "__main__":
-    run(main)
+    runs.launch(main)

@@ -108,12 +108,14 @@ def figure(rows, path):
 @torch.no_grad()
 def pictures(runs):
     """Reconstructions and samples of each row, one row a line; samples above their nearest training images."""
-    import fid
-    import train_tokenizer as tt
-    from model import Tokenizer, load_file
-    val, train = (tt.Folder(f"{os.environ['DATA']}/{part}") for part in ("val", "train"))
-    x = torch.stack([tt.View(val, 64)[0, i][0] for i in range(25, 2000, 166)])
-    x, lines, samples = tt.to_tensor(x), [], []
+    from judge import load_judge
+
+    from baselines import VAE
+    from data import Crops, ImageFolder, in_order, save_grid, to_tensor
+    from files import load_tokenizer
+    val, train = (Crops(ImageFolder(f"{os.environ['DATA']}/{part}"), 64) for part in ("val", "train"))
+    x = torch.stack([val[0, i][0] for i in range(25, 2000, 166)])
+    x, lines, samples = to_tensor(x), [], []
     finals = {"vae": "vae/vae", "vavae": "vavae/vavae",
               "stage1": "aligntok/stage1", "stage12": "aligntok/stage2", "stage123": "aligntok/stage3",
               "vae4800": "vae4800/vae", "vavae4800": "vavae4800/vavae", "aligntok4800": "aligntok4800/stage3"}
@@ -124,21 +126,19 @@ def pictures(runs):
     for row, file in finals.items():
         if row in lacking:
             continue
-        tokenizer = Tokenizer.load(runs / f"{file}.pt")
+        tokenizer = load_tokenizer(runs / f"{file}.pt", VAE)
         lines.append(tokenizer.decode(tokenizer.encode(x)))
         images = np.load(runs / row / "guided.npz")["arr_0"][1::413][:12]
-        samples.append(tt.to_tensor(torch.from_numpy(images).permute(0, 3, 1, 2)))
-    tt.save_grid([x, *lines], ROOT / "assets/miniature-reconstructions.png")
-    tt.save_grid(samples, ROOT / "assets/miniature-samples.png")
-    net = fid.EfficientNetLite0()
-    net.load_state_dict(load_file(f"{os.environ['WEIGHTS']}/efficientnet-lite0-57934424.pth"))
-    view = tt.View(train, 64)
-    features = torch.cat([net(torch.stack([view[item][0] for item in batch]))["pool"]
-                          for batch in tt.in_order(len(train), 100)])
+        samples.append(to_tensor(torch.from_numpy(images).permute(0, 3, 1, 2)))
+    save_grid([x, *lines], ROOT / "assets/miniature-reconstructions.png")
+    save_grid(samples, ROOT / "assets/miniature-samples.png")
+    net = load_judge(f"{os.environ['WEIGHTS']}/efficientnet-lite0-57934424.pth")[0]
+    features = torch.cat([net(torch.stack([train[item][0] for item in batch]))["pool"]
+                          for batch in in_order(len(train.data), 100)])
     own = net(((samples[-1].clamp(-1, 1) + 1) * 127.5).round().byte())["pool"]
     nearest = torch.cdist(own, features).topk(3, largest=False).indices  # (12, 3)
-    neighbours = [tt.to_tensor(torch.stack([view[0, int(i)][0] for i in column])) for column in nearest.T]
-    tt.save_grid([samples[-1], *neighbours], ROOT / "assets/miniature-neighbours.png")
+    neighbours = [to_tensor(torch.stack([train[0, int(i)][0] for i in column])) for column in nearest.T]
+    save_grid([samples[-1], *neighbours], ROOT / "assets/miniature-neighbours.png")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ out=${OUT:-runs/miniature}/seed$seed
 runs=$out/$row
 mkdir -p "$runs"
 
-judge=(--features lite0 --lite0 "$WEIGHTS/efficientnet-lite0-57934424.pth" --workers 0)
+lite0=(--lite0 "$WEIGHTS/efficientnet-lite0-57934424.pth" --workers 0)
 flags=(--preset tiny --data "$DATA/train" --val "$DATA/val" --vgg16 "$WEIGHTS/vgg16.pth" --seed "$seed"
        --lpips-heads "$WEIGHTS/lpips_heads.pth" --batch-size 16 --disc-start 800 --lr 1e-3)
 encoder=(--encoder "$WEIGHTS/dinov2.pth")
@@ -82,20 +82,24 @@ esac
 # ---- Frechet distances: of the held-out images' reconstructions; and to the training images, of reconstructions of
 # every fourth of them: what a perfect generator of these latents would reach
 [ -f "$runs/recon.json" ] ||
-    python fid.py --recon "$final" "$DATA/val" "${judge[@]}" --metrics rfid,psnr,ssim --json "$runs/recon.json"
+    python results/judge.py --recon "$final" "$DATA/val" "${lite0[@]}" --metrics rfid,psnr,ssim --json "$runs/recon.json"
 reference=${OUT:-runs/miniature}/reference.npz
-[ -f "$reference" ] || python fid.py "$DATA/train" --save-stats "$reference" --size 64 "${judge[@]}"
+[ -f "$reference" ] ||
+    python results/judge.py "$DATA/train" --save-stats "$reference" --size 64 "${lite0[@]}"
 if [ ! -f "$runs/ceiling.json" ]; then
-    python -c 'import sys, numpy as np, torch, train_tokenizer as tt
-from model import Tokenizer
-view, tokenizer = tt.View(tt.Folder(sys.argv[2]), 64), Tokenizer.load(sys.argv[1])
-order = [[(0, i) for i in range(first, first + 400, 4)] for first in range(0, len(view.data), 400)]
-loader = tt.batches(view, order, 0, torch.device("cpu"))
+    python -c 'import sys, numpy as np, torch
+from baselines import VAE
+from data import Crops, ImageFolder, batches, to_uint8
+from files import load_tokenizer
+data, tokenizer = ImageFolder(sys.argv[2]), load_tokenizer(sys.argv[1], VAE)
+order = [[(0, i) for i in range(first, first + 400, 4)] for first in range(0, len(data), 400)]
+loader = batches(Crops(data, 64), order, 0, torch.device("cpu"))
 with torch.no_grad():
-    rows = [tt.to_uint8(tokenizer.decode(tokenizer.encode(x))) for x, _ in loader]
+    rows = [to_uint8(tokenizer.decode(tokenizer.encode(x))) for x, _ in loader]
 np.savez(sys.argv[3], np.concatenate(rows))' "$final" "$DATA/train" "$runs/ceiling.npz"
-    python fid.py "$runs/ceiling.npz" --save-stats "$runs/own.npz" "${judge[@]}"
-    python fid.py "$reference" "$runs/ceiling.npz" "${judge[@]}" --metrics fid --json "$runs/ceiling.json"
+    python results/judge.py "$runs/ceiling.npz" --save-stats "$runs/own.npz" "${lite0[@]}"
+    python results/judge.py "$reference" "$runs/ceiling.npz" "${lite0[@]}" --metrics fid \
+        --json "$runs/ceiling.json"
     rm -f "$runs/ceiling.npz"
 fi
 
@@ -107,9 +111,10 @@ fd() {  # NAME GENERATOR_STEPS IMAGES CFG SAMPLING_STEPS: distance of samples to
     python sample.py --preset tiny --dit "$dit/dit_step$(printf %08d "$2").pt" --tokenizer "$final" -n "$3" --cfg "$4" \
         --steps "$5" --seed "$seed" --out "$runs/$1.npz" --batch-size 250
     case $1 in
-        plain*) python fid.py "$runs/own.npz" "$runs/$1.npz" "${judge[@]}" --metrics fid --json "$runs/own_$1.json" ;;
+        plain*) python results/judge.py "$runs/own.npz" "$runs/$1.npz" "${lite0[@]}" --metrics fid \
+                    --json "$runs/own_$1.json" ;;
     esac
-    python fid.py "$reference" "$runs/$1.npz" "${judge[@]}" --metrics fid --json "$runs/$1.json"
+    python results/judge.py "$reference" "$runs/$1.npz" "${lite0[@]}" --metrics fid --json "$runs/$1.json"
     [ "$1" = guided ] || [ "$1" = plain ] || rm -f "$runs/$1.npz"*
 }
 for steps in 400 800 1600; do

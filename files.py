@@ -1,0 +1,482 @@
+"""Files that may be missing, cut off or hostile: checkpoints, external weights, and arrays that are
+filled batch by batch over hours.
+
+What the user can mend is a UserError, one line that names the file. No code is ever run from a
+file. What is written appears under its name only when it is whole.
+"""
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import io
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import urllib.request
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from losses import LPIPS
+from model import ENCODERS, DINOv2, Tokenizer
+
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # IMAGENET1K_V1
+VGG16_SHA256 = "397923af"  # torch hub's convention: the first characters stand in the name
+HEADS_URL = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/"
+             "v0.1/vgg.pth")
+HEADS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
+DINOV2_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{}/dinov2_{}_pretrain.pth"
+DINOV2_SHA256 = {
+    "vits14": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    "vitb14": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    "vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+}
+
+
+class UserError(Exception):
+    """What the user can mend; the scripts print it as one line and exit with status 1."""
+
+
+def print_0(text):
+    """Prints on the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+@contextlib.contextmanager
+def reading(path, kind):
+    """Inside it, whatever goes wrong is the fault of the file's contents: a UserError of one line
+    that names it. kind: what the file should be, such as "checkpoint"."""
+    if not os.path.isfile(path):  # opening a pipe would wait for its other end
+        raise UserError(f"{path} is not a file" if os.path.exists(path)
+                        else f"{kind} not found: {path}")
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:  # a damaged file can make anything of a decoder
+        tells = isinstance(e, (ValueError, OSError)) and str(e)
+        reason = f"{'' if tells else type(e).__name__ + ' '}{e}".splitlines()[0].strip()[:200]
+        raise UserError(f"unreadable {kind} {path} (damaged, or not what it should be): "
+                        f"{reason}") from e
+
+
+def load_file(path, kind="checkpoint"):
+    """The dict in a .pt or .pth file, on the CPU: tensors, numbers and strings, never code.
+
+    The file is a zip archive, whose CRCs torch.load ignores: they are compared first, and a flipped
+    bit is noticed. Files from before PyTorch 1.6 (the official VGG16 and Inception) have none;
+    find_weights knows their sha256. Errors: UserError."""
+    with reading(path, kind), open(path, "rb") as f, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks on odd pickles
+        if zipfile.is_zipfile(f):
+            with zipfile.ZipFile(f) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+                if unpacked > os.path.getsize(path):  # torch.save does not compress
+                    raise ValueError("it would unpack to more than its size")
+                if damaged := archive.testzip():
+                    raise ValueError(f"the CRC of {damaged} differs")
+        f.seek(0)
+        try:
+            content = torch.load(f, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # torch's own text advises to load it as code
+            raise ValueError("not only tensors, numbers and strings, and nothing else is ever "
+                             "loaded") from None
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+            raise ValueError("no dict of tensors")
+    return content
+
+
+def load_strictly(module, state, path):
+    """module.load_state_dict(state). What is missing, unknown, misshapen, of another type or not
+    finite is a UserError that names the file."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as e:
+        problems = [line.strip() for line in str(e).splitlines()[1:]] or [str(e)]
+        raise UserError(f"{path} does not fit {type(module).__name__}: "
+                        f"{' '.join(problems)[:300]}") from None
+    odd = [name for name, own in module.state_dict().items()
+           if own.is_floating_point() != state.get(name, own).is_floating_point()
+           # the sum is not finite either, and ten times as fast as isfinite().all()
+           or not own.is_meta and not own.sum().isfinite()]
+    if odd:
+        raise UserError(f"{path}: not finite, or of the wrong type: {', '.join(odd)[:300]}")
+
+
+def build(cls, arguments, state, path):
+    """cls(**arguments) with the weights `state`. Both come from the file `path`, which may be
+    hostile: they must fit each other on the meta device before memory is taken."""
+    def check(arguments):
+        for name, value in arguments.items():
+            if isinstance(value, dict):
+                check(value)
+            # each block costs time on the meta device too
+            limit = 100 if name in ("depth", "num_res_blocks") else 2 ** 20
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if len(numbers) > 16 or any(isinstance(n, int) and n > limit for n in numbers):
+                raise ValueError(f"its argument {name} is absurd")
+
+    with reading(path, "checkpoint"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is copied to the meta device
+        check(arguments)
+        with torch.device("meta"):
+            skeleton = cls(**arguments)
+        load_strictly(skeleton, state, path)
+        if sum(tensor.nbytes for tensor in state.values()) > os.path.getsize(path):
+            raise ValueError("its tensors are larger than the file")  # views of a few numbers
+        module = cls(**arguments)
+    load_strictly(module, state, path)
+    return module
+
+
+def check_same(then, now, path, advice="repeat them, choose another --out, or --overwrite"):
+    """Refuses to go on from `path` with other arguments than it was made with, naming them."""
+    changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+    if changed:
+        raise UserError(f"{path} was made with other arguments ({', '.join(changed)}); {advice}")
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+def write_atomically(path, write):
+    """Calls write(file) on a temporary file and then renames it: `path` is the old file or the new
+    one, never a half."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:
+        # torch.save hides a full disk behind a RuntimeError
+        while not isinstance(e, OSError) and e.__context__:
+            e = e.__context__
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}") from None
+    finally:  # where all went well it is gone already
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, content):
+    """Plain dicts of tensors, numbers and strings, atomically."""
+    write_atomically(path, lambda f: torch.save(content, f))
+
+
+def lock(path, message):
+    """Opens and locks a file until it is closed or the process ends. Raises UserError(message)
+    where another process holds it."""
+    file = open(path, "a")  # noqa: SIM115, the caller closes it
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(message) from None
+    return file
+
+
+def claim(result, record, recipe, overwrite, present):
+    """Writes the JSON file `record`: the recipe by which `result`, a file or folder, is made.
+
+    present: whether a part of it is there already. What another recipe has made is refused, by
+    name; with `overwrite` this returns True, and the caller deletes it."""
+    recipe, then = json.loads(json.dumps(recipe)), {}  # as it will be read back
+    record = Path(record)
+    if record.exists():
+        with reading(record, "record of a recipe"):
+            then = dict(json.loads(record.read_text()))
+    stale = overwrite and then != recipe
+    if not stale and (then or present):
+        check_same(then, recipe, result)
+    write_atomically(record, lambda f: f.write(json.dumps(recipe, indent=1).encode()))
+    return stale
+
+
+def ranges(n, size):
+    """0..n-1 in ranges of `size`."""
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+class BatchedArray:
+    """An array (n, *shape) on disk that all ranks fill batch by batch, over hours.
+
+    Each batch is a file in the folder PATH.parts, written atomically, so that a stop loses at most
+    one. `finish` packs them into PATH (.npy, or .npz as arr_0); while it does, the array takes
+    twice its space. PATH.json holds the recipe (see `claim`)."""
+
+    def __init__(self, path, n, shape, dtype, recipe, overwrite=False):
+        self.path, self.n, self.shape, self.dtype = Path(path), n, tuple(shape), np.dtype(dtype)
+        self.parts = Path(f"{path}.parts")
+        distributed = dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.lock = None
+        if self.rank == 0:
+            try:
+                self.parts.mkdir(parents=True, exist_ok=True)
+                self.lock = lock(self.parts / ".lock",
+                                 f"another process is writing {path}; wait for it")
+                present = self.path.exists() or bool(self._written())
+                recipe = recipe | {"rows": n}
+                if claim(path, f"{path}.json", recipe, overwrite, present):
+                    self.path.unlink(missing_ok=True)
+                    self._delete_parts()
+            except UserError:
+                self._unlock()
+                raise
+            except OSError as e:
+                raise UserError(f"cannot write {path}: {e.strerror}") from None
+        self._wait()
+        self.complete = self.path.exists()
+        if self.complete:
+            self._close()
+
+    def _written(self):
+        """(first row, last row + 1, file) of each batch that is there."""
+        names = [re.fullmatch(r"(\d+)-(\d+)\.npy", p.name) for p in self.parts.iterdir()]
+        return sorted((int(m[1]), int(m[2]), self.parts / m[0]) for m in names if m)
+
+    def missing(self, batch_size):
+        """The batches of this rank that lack a row, as ranges of rows. They are drawn whole: the
+        rounding of a sum depends on its batch, and a stop must not change a bit."""
+        lacking = np.ones(self.n, bool)
+        for first, end, _ in self._written():
+            lacking[first:end] = False
+        batches = [batch for batch in ranges(self.n, batch_size) if lacking[batch].any()]
+        self._wait()  # all ranks have looked before one writes
+        return batches[self.rank::self.world]
+
+    def write(self, batch, values):
+        """Stores the rows of a range, (len(batch), *shape)."""
+        content = io.BytesIO()
+        # in memory: into a file np.save writes by C's stdio, and does not notice where the last
+        # few kilobytes find the disk full
+        np.save(content, np.ascontiguousarray(values, self.dtype))
+        try:
+            write_atomically(self.parts / f"{batch.start:09d}-{batch.stop:09d}.npy",
+                             lambda f: f.write(content.getbuffer()))
+        except UserError as e:
+            raise UserError(f"{e}; make room and repeat the command: it goes on from what is "
+                            "there") from None
+
+    def finish(self):
+        """All ranks wait for each other, then rank 0 packs."""
+        self._wait()
+        if self.rank == 0:
+            write_atomically(self.path, self._pack)
+        self._close()
+
+    def _pack(self, f):
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False,
+                  "shape": (self.n, *self.shape)}
+
+        def write(f):
+            np.lib.format.write_array_header_1_0(f, header)
+            row = 0
+            for first, end, part in self._written():
+                if end > row:  # they overlap where the batch size has changed after a stop
+                    with reading(part, "batch (delete it, and it is made anew)"):
+                        f.write(np.load(part)[row - first:].tobytes())
+                    row = end
+
+        if self.path.suffix != ".npz":
+            return write(f)
+        with zipfile.ZipFile(f, "w") as z, z.open("arr_0.npy", "w", force_zip64=True) as entry:
+            write(entry)
+
+    def _delete_parts(self):
+        for _, _, part in self._written():
+            part.unlink()
+
+    def _close(self):
+        if self.rank == 0:
+            self._delete_parts()
+            self._unlock()
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self.parts)
+        self._wait()
+
+    def _unlock(self):
+        if self.lock is not None:
+            self.lock.close()
+
+    def _wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+# ------------------------------------------------------------------------------- external weights
+
+def find_weights(url, digest, flag, file=None):
+    """Path of an external weight file: `file` if given, else in torch hub's cache, else downloaded
+    to there.
+
+    digest: the sha256 that it must have, or its first characters, or "" where none is known. flag:
+    the option that takes the file, for the message where there is no network."""
+    if file:
+        if not Path(file).is_file():
+            raise UserError(f"{flag} {file}: no such file (the official one is {url})")
+        print_0(f"{flag} {file}: sha256 {sha256(file)}")
+        return Path(file)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            print_0(f"downloading {url}")
+            with urllib.request.urlopen(url, timeout=60) as source, open(part, "wb") as f:
+                shutil.copyfileobj(source, f)
+                if f.tell() < int(source.headers["Content-Length"] or 0):
+                    raise OSError("it ended early")
+            if not sha256(part).startswith(digest):
+                raise UserError(f"download of {url} is damaged (sha256 differs); fetch it by hand "
+                                f"and pass {flag} FILE")
+            part.rename(path)
+        except (OSError, http.client.HTTPException) as e:
+            raise UserError(f"missing weights {path.name}: get {url}, pass it as {flag} FILE "
+                            f"(download: {e})") from None
+        finally:
+            if part.exists():  # whatever stopped the download, Ctrl-C too
+                part.unlink()
+    found = sha256(path)
+    if not found.startswith(digest):
+        raise UserError(f"{path} is damaged (its sha256 is {found}, not {digest}): delete it, or "
+                        f"pass {flag} FILE")
+    print_0(f"{path}: sha256 {found}")
+    return path
+
+
+def load_lpips(vgg16=None, heads=None):
+    """(LPIPS, path of its VGG16), from files or found by find_weights. Errors: UserError."""
+    vgg16 = find_weights(VGG16_URL, VGG16_SHA256, "--vgg16", vgg16)
+    heads = find_weights(HEADS_URL, HEADS_SHA256, "--lpips-heads", heads)
+    lpips = LPIPS()
+    state = {k.removeprefix("features."): v for k, v in load_file(vgg16, "VGG16").items()
+             if k.startswith("features.")}
+    load_strictly(lpips.vgg16, state, vgg16)
+    state = {k.removeprefix("lin").replace(".model.1", ""): v
+             for k, v in load_file(heads, "LPIPS heads").items()}
+    load_strictly(lpips.heads, state, heads)
+    return lpips, vgg16
+
+
+def encoder_state(content):
+    """The DINOv2 state dict in a file: official, a training checkpoint's teacher, or with blocks in
+    chunks (blocks.CHUNK.i in place of blocks.i)."""
+    if "teacher" in content:
+        content = {k.removeprefix("backbone."): v for k, v in content["teacher"].items()
+                   if k.startswith("backbone.")}
+    return {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in content.items()}
+
+
+def encoder_arguments(state):
+    """DINOv2's arguments for a state dict: they follow from its tensors' names and shapes."""
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    return {"dim": state["cls_token"].shape[-1],
+            "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+            "swiglu": "blocks.0.mlp.w12.weight" in state,
+            "registers": registers,
+            "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
+
+
+def load_encoder(spec):
+    """(DINOv2, its arguments). spec: an official name (vits14 ... vitg14_reg4), a file, or
+    random:NAME for random weights. Errors: UserError."""
+    name = spec.removeprefix("random:").removeprefix("dinov2_")
+    if name.endswith("_reg"):  # torch hub's name for the same model
+        name += "4"
+    arguments = ENCODERS.get(name.removesuffix("_reg4"))
+    if arguments is not None:
+        arguments = dict(arguments, registers=4 if name.endswith("_reg4") else 0)
+    if spec.startswith("random:"):
+        if arguments is None:
+            raise UserError(f"--encoder {spec}: no such size, choose from {', '.join(ENCODERS)} "
+                            "(and _reg4)")
+        print_0(f"encoder {name}: RANDOM weights, as asked for")
+        return DINOv2(**arguments), arguments
+    if arguments is not None and name != "tiny14":
+        url = DINOV2_URL.format(name.removesuffix("_reg4"), name)
+        path = find_weights(url, DINOV2_SHA256.get(name, ""), "--encoder")
+    elif Path(spec).is_file():
+        path = Path(spec)
+        print_0(f"encoder {path}: sha256 {sha256(path)}")
+    else:
+        raise UserError(f"--encoder {spec}: neither a file nor one of "
+                        f"{', '.join(list(ENCODERS)[1:])} (and _reg4)")
+    content = load_file(path, "encoder")
+    try:
+        state = encoder_state(content)
+        found = encoder_arguments(state)
+    except (KeyError, ValueError, IndexError, AttributeError):
+        raise UserError(f"{path} is no DINOv2: cls_token, pos_embed or blocks.* missing") from None
+    if arguments is not None and found != {"swiglu": False, "grid": 37} | arguments:
+        raise UserError(f"{path} is not a {name}: found {found}")
+    return build(DINOv2, found, state, path), found
+
+
+# ------------------------------------------------------------------- tokenizers and generators
+
+def load_tokenizer(path, *systems, content=None):
+    """The tokenizer in the final checkpoint of a stage, on the CPU, in eval mode.
+
+    systems: classes of other tokenizers that the file may hold, such as baselines.VAE. content:
+    what load_file has read from it, if that was done. Errors: UserError."""
+    if not Path(path).exists():
+        raise UserError(f"there is no tokenizer {path}: run train_tokenizer.py first, or give "
+                        "--tokenizer CKPT")
+    content = content or load_file(path, "tokenizer")
+    if "opt_g" in content:
+        raise UserError(f"{path} is a checkpoint to resume from, without EMA and statistics: take "
+                        "the stage's final one")
+    with reading(path, "tokenizer"):
+        if "encoder" in content.get("arguments", {}):
+            return build(Tokenizer, content["arguments"], content["tokenizer"], path).eval()
+        for system in systems:
+            if found := system.in_checkpoint(content):
+                return build(system, *found, path).eval()
+    raise UserError(f"{path} is not a tokenizer's checkpoint (such as runs/tokenizer/stage3.pt)")
+
+
+def require_statistics(tokenizer, path):
+    """The generator needs latent statistics; an official tokenizer's are another file."""
+    if not tokenizer.latent_std.any():
+        raise UserError(f"{path} has no latent statistics: it comes from a stage that did not "
+                        "finish, or is an official file (sample.py --latent-stats FILE)")
+
+
+def fingerprint(tokenizer):
+    """A short hash of all that makes a tokenizer's latents: encoder, adapter, statistics. Stage 3
+    does not change it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        if not name.startswith(("decoder.", "post_quant_conv.")):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def dit_arguments(state):
+    """LightningDiT's arguments for a state dict, from names and shapes. Only the grid does not
+    follow (N tokens are h*w of some h and w): a square is assumed."""
+    dim, d, patch, _ = state["x_embedder.proj.weight"].shape
+    tokens, head_dim = state["feat_rope.freqs_cos"].shape
+    table = state.get("y_embedder.embedding_table.weight")
+    return {"dim": dim, "heads": dim // head_dim, "d": d, "patch": patch,
+            "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+            "num_classes": 0 if table is None else len(table) - 1,
+            "grid": [math.isqrt(tokens) * patch] * 2,
+            "qk_norm": "blocks.0.attn.q_norm.weight" in state}

@@ -1,0 +1,424 @@
+"""What keeps a long run alive: ranks, a run's folder with its log and checkpoints, signals, the
+meter that stops on a loss that is not finite, and the command line.
+
+The same command resumes a run, and its end has the same bits as if it had never stopped.
+"""
+import argparse
+import contextlib
+import csv
+import ctypes
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from files import UserError, check_same, load_file, lock, save_checkpoint, write_atomically
+from losses import average_over_ranks
+from model import Block, DiTBlock, ResnetBlock
+
+# CPU tensors without page faults, which took up to a third of a step (docs/engineering.md, Speed):
+# in huge pages, where Linux gives them on request (PyTorch reads this before its first tensor), and
+# in memory that glibc keeps once it has it.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+with contextlib.suppress(AttributeError):  # another C library
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # never
+    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+
+
+# ------------------------------------------------------------------------------------------- ranks
+
+def setup_ranks():
+    """(rank, world size, device). Under torchrun it joins the process group: NCCL on GPUs, gloo on
+    CPUs."""
+    cuda = torch.cuda.is_available()
+    if "LOCAL_RANK" not in os.environ:
+        return 0, 1, torch.device("cuda" if cuda else "cpu")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"more ranks on this node than its {torch.cuda.device_count()} GPUs "
+                        "(--nproc_per_node)")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def wrap(module, device):
+    """DistributedDataParallel under torchrun, else the module itself. Buffers are not broadcast:
+    they are the same on all ranks by construction."""
+    if not dist.is_initialized():
+        return module
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, ids, broadcast_buffers=False,
+                                   gradient_as_bucket_view=True)
+
+
+def no_sync(module, skip):
+    """Gradients are averaged over the ranks at the last micro-batch only."""
+    if skip and isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 goes through the block (and downloads); then the others do, and find it done."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and dist.get_rank() == 0:
+        dist.barrier()
+
+
+def barrier(hours=None):
+    """All ranks wait for each other; `hours`: longer than a collective may take."""
+    if dist.is_initialized():
+        patient = hours and dist.new_group(backend="gloo", timeout=timedelta(hours=hours))
+        dist.barrier(patient)
+
+
+def autocast_dtype(name, device):
+    """--dtype: auto is bf16 where the hardware has it (Ampere GPUs, CPUs with AVX512-BF16), else
+    fp32."""
+    if name == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+            native = capabilities.get("avx512_bf16", False)
+        name = "bf16" if native else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def checkpoint_activations(model):
+    """--checkpointing: each block of a network keeps its input only, and computes the rest again in
+    the backward pass: less memory, the same gradients, slower."""
+    for block in model.modules():
+        if isinstance(block, (Block, ResnetBlock, DiTBlock)):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+# ----------------------------------------------------------------------------------- a run's folder
+
+class Run:
+    """A folder with log.csv and checkpoints PREFIX_step*.pt, of which the last two are kept. Rank 0
+    writes. Inside its `with` the folder is locked.
+
+    SIGTERM and Ctrl-C end the run at once where that loses nothing (set-up, cache, validation). In
+    the loop, between defer_signals(True) and (False), they set `stopping`, which the loop obeys
+    after its step."""
+
+    def __init__(self, out, rank, columns):
+        self.out, self.rank, self.columns = Path(out), rank, columns
+        self.stopping = self.deferring = False
+        self.lock, self.good = None, {}
+        if rank == 0:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.lock = lock(self.out / ".lock", f"another run is writing to {out}; choose "
+                                                     "another --out or wait for it")
+                # what a killed run was writing; files of other names are written over
+                for part in self.out.glob(".*_step*.part"):
+                    part.unlink()
+            except OSError as e:
+                raise UserError(f"cannot write to --out {out}: {e.strerror}") from None
+
+    def __enter__(self):
+        self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        if self.lock is not None:
+            self.lock.close()
+
+    def _stop(self, number, _):
+        second_ctrl_c = self.stopping and number == signal.SIGINT  # it does not wait
+        if not self.deferring or second_ctrl_c:
+            sys.exit("error: stopped by a signal; repeat the command to go on")
+        self.stopping = True
+
+    def defer_signals(self, yes):
+        self.deferring = yes
+        if self.stopping and not yes:
+            self._stop(None, None)
+
+    def should_stop(self):
+        """Whether any rank was asked to stop; a flag on the CPU, so that no GPU waits."""
+        if not dist.is_initialized():
+            return self.stopping
+        flag = torch.tensor(float(self.stopping))
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+    def leave(self, prefix, step):
+        raise UserError(f"stopped by a signal at step {step} of {prefix}; saved "
+                        f"{self.last_good(prefix)}; repeat the command to go on")
+
+    def checkpoints(self, prefix):
+        return sorted(self.out.glob(f"{prefix}_step*.pt"))
+
+    def save(self, prefix, step, modules, meter, content):
+        """Saves a step's checkpoint: `content`, all that a resume needs, where losses and weights
+        are finite, and the weights of `modules` the same on all ranks."""
+        meter.check(self, prefix)
+        for module in modules:
+            check_weights(module, self, prefix)
+        path = self.out / f"{prefix}_step{step:08d}.pt"
+        if self.rank == 0:
+            save_checkpoint(path, content)
+            for old in self.checkpoints(prefix)[:-2]:
+                old.unlink()
+        # torchrun kills all ranks when one has left: nobody leaves before it is written
+        barrier()
+        self.good[prefix] = path
+
+    def resume(self, prefix, recipe):
+        """The content of the newest good checkpoint, or None. recipe: what must be the same as
+        when it was written."""
+        for path in reversed(self.checkpoints(prefix)):
+            try:
+                content = load_file(path)
+                if not isinstance(content.get("recipe"), dict):
+                    raise UserError(f"{path} is no checkpoint to resume from")
+            except UserError as e:
+                print(f"WARNING: {e}; trying the checkpoint before it", file=sys.stderr)
+                continue
+            check_same(content["recipe"], recipe, path)
+            self.good[prefix] = path
+            return content
+        if self.checkpoints(prefix):
+            raise UserError(f"no checkpoint {prefix}_step*.pt in {self.out} can be read; "
+                            "--overwrite starts again")
+        return None
+
+    def forget(self, prefix):
+        """--overwrite: deletes a stage's checkpoints and pictures."""
+        if self.rank == 0:
+            for path in [*self.out.glob(f"{prefix}.pt"), *self.out.glob(f"{prefix}_step*")]:
+                path.unlink()
+        barrier()  # nobody resumes from what is being deleted
+
+    def last_good(self, prefix):
+        return self.good.get(prefix, "none")
+
+    def log(self, row):
+        if self.rank == 0:
+            row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            try:
+                with open(self.out / "log.csv", "a", newline="") as f:
+                    csv.DictWriter(f, self.columns, lineterminator="\n").writerow(row)
+            except OSError as e:
+                raise UserError(f"cannot write {self.out / 'log.csv'}: {e.strerror}") from None
+
+    def rewind_log(self, step, steps, log_every, stage=()):
+        """Before going on from `step`: removes the rows after it. The steps since the last multiple
+        of log_every have no row yet, because the meter still counts them; only the last step of
+        all has a row of its own. stage: (its number,) where that is the first column."""
+        logged = step if step == steps else step // log_every * log_every
+        position, log, header = (*stage, logged), self.out / "log.csv", ",".join(self.columns)
+        if self.rank > 0:
+            return
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        head, *rows = lines or [f"{header}\n"]
+        if head.strip() != header:
+            raise UserError(f"{log} has other columns than this run writes; move it away or choose "
+                            "another --out")
+        rows = [row for row in rows if row.endswith("\n")  # else a kill has cut it
+                and tuple(map(int, row.split(",")[:len(position)])) <= position]
+        write_atomically(log, lambda f: f.write("".join([head, *rows]).encode()))
+
+
+def due(step, every, steps):
+    """Whether something that is done every so many steps, and at the end, is done now."""
+    return step % every == 0 or step == steps
+
+
+class Meter:
+    """Sums of the losses between two log steps, and the first step whose loss was not finite, on
+    the device: nothing waits for it until `average` or `check` is called."""
+
+    def __init__(self, device):
+        self.reset()
+        self.bad_step = torch.full((), 2 ** 62, device=device)
+
+    def reset(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, step, losses):
+        """losses: name -> scalar tensor, detached."""
+        finite = torch.isfinite(sum(losses.values()))
+        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=step))
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.double()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def check(self, run, prefix):
+        """Stops all ranks together if any loss has been NaN or infinite since the start."""
+        if dist.is_initialized():
+            dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
+        if self.bad_step < 2 ** 62:
+            raise UserError(f"the loss is not finite since step {int(self.bad_step)}; nothing of "
+                            f"it was saved; last good checkpoint: {run.last_good(prefix)} (try a "
+                            "lower --lr, or --dtype fp32)")
+
+    def state(self):
+        """Sums, averaged over the ranks, and counts, as numbers."""
+        values = []
+        if self.sums:
+            values = average_over_ranks(torch.stack(list(self.sums.values()))).tolist()
+        return {"sums": dict(zip(self.sums, values)), "counts": dict(self.counts)}
+
+    def load(self, state):
+        self.sums = {k: torch.tensor(v, dtype=torch.float64, device=self.bad_step.device)
+                     for k, v in state["sums"].items()}
+        self.counts = dict(state["counts"])
+
+    def average(self):
+        state = self.state()
+        return {k: v / self.counts[k] for k, v in state["sums"].items()}
+
+
+# ------------------------------------------------------------------ what a checkpoint holds, checked
+
+def rng_states():
+    """The state of torch's generator on every rank."""
+    own = torch.get_rng_state()
+    if not dist.is_initialized():
+        return [own]
+    states = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(states, own)
+    return states
+
+
+def load_optimiser(optimiser, state):
+    """optimiser.load_state_dict(state) for Adam, whose fused step would write beyond moments of
+    another shape. Errors: ValueError."""
+    optimiser.load_state_dict(state)
+    for p, moments in optimiser.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != p.shape or not moments[name].sum().isfinite():
+                raise ValueError("the optimiser's moments do not fit, or are not finite")
+            # in the parameter's memory layout, such as channels_last
+            moments[name] = torch.empty_like(p, requires_grad=False).copy_(moments[name])
+        if moments["step"].shape != ():
+            raise ValueError("the optimiser's count of steps is not one number")
+
+
+def check_same_step(step, out):
+    """All ranks must resume from the same step: nodes might see different folders."""
+    if dist.is_initialized():
+        steps = [None] * dist.get_world_size()
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise UserError(f"the ranks resume from different steps {steps}: --out {out} must be a "
+                            "folder that all see")
+
+
+def check_weights(module, run, prefix):
+    """Before a checkpoint: weights are finite (a bad gradient shows here before it shows in a loss)
+    and the same on all ranks."""
+    total = torch.stack([p.double().sum() for p in module.parameters()]).sum()
+    low, high = total.clone(), total.clone()
+    if dist.is_initialized():
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+    if not total.isfinite() or low != high:
+        fault = "not the same on all ranks" if total.isfinite() else "not finite"
+        raise UserError(f"weights are {fault}; nothing of it was saved; last good checkpoint: "
+                        f"{run.last_good(prefix)}")
+
+
+# -------------------------------------------------------------------------------- the command line
+
+def _number(kind, test, wanted):
+    def parse(text):
+        value = kind(text)
+        if not test(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+        return value
+    parse.__name__ = kind.__name__  # argparse names it where `kind` fails
+    return parse
+
+
+# Types of arguments
+count = _number(int, lambda x: x >= 1, "at least 1")
+index = _number(int, lambda x: x >= 0, "at least 0")
+positive = _number(float, lambda x: x > 0, "positive")
+weight = _number(float, lambda x: 0 <= x < math.inf, "at least 0, and finite")
+fraction = _number(float, lambda x: 0 <= x < 1, "in [0, 1)")
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows a script's docstring in --help; a bad flag is one line, like every mistake."""
+
+    def __init__(self, doc):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=raw)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+    def fill(self, args, presets):
+        """Arguments that were not given are those of the chosen --preset."""
+        for name, value in presets[args.preset].items():
+            if getattr(args, name, None) is None:
+                setattr(args, name, value)
+
+
+def check_batch_size(args, world):
+    if args.batch_size % (world * args.accum):
+        raise UserError(f"--batch-size {args.batch_size} does not split into {world} ranks x "
+                        f"{args.accum} micro-batches")
+
+
+def launch(main):
+    """Runs a script's main. A user's mistake is one line on stderr and exit status 1."""
+    with contextlib.suppress(AttributeError):  # not a stream of the system's
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    try:
+        main()
+    except UserError as e:
+        sys.exit(f"error: {' '.join(str(e).splitlines())}")  # one line, whatever a file is called
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
+    except RuntimeError as e:
+        if str(e).startswith("DataLoader worker"):  # torch raises it anywhere in main
+            sys.exit("error: a process that loads images has died, for want of memory perhaps "
+                     f"(fewer --workers?): {e}")
+        lost = any(words in str(e) for words in ("by peer", "Broken pipe", "Timed out"))
+        if dist.is_initialized() and lost:  # gloo: a rank has left, and said why, or it hangs
+            sys.exit("error: another rank has stopped")
+        raise
+    finally:
+        end_workers()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end_workers():
+    """Ends the loader's workers. They ignore SIGTERM (data.keep_loading), by which Python's exit
+    handler would ask them to end; it would then wait for them for ever."""
+    if workers := multiprocessing.active_children():
+        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise, in place of what went wrong
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in workers:
+            worker.kill()

@@ -1,0 +1,170 @@
+"""What only the preset tiny needs: a data set of shapes that is drawn on the fly, and a small
+encoder that stands in for DINOv2, so that no download, no data set and no GPU is needed.
+
+The shapes' semantics is their outline (12 classes). Their colours and textures are details that a
+classifier of outlines may ignore, and that a tokenizer has to bring back.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from tqdm import tqdm
+
+from data import Crops, ShuffledBatches, batches, rng, to_pixels
+from files import UserError, check_same, load_encoder, load_file, save_checkpoint
+from model import ENCODERS, DINOv2
+from runs import autocast, autocast_dtype, barrier
+
+# --------------------------------------------------------------------------------- built-in shapes
+
+def _ngon(n, inner=None):
+    """A regular polygon in the unit circle; with `inner`, the inner radius, a star."""
+    angles = np.arange(n * (2 if inner else 1)) * 2 * np.pi / (n * (2 if inner else 1))
+    radii = np.where(np.arange(len(angles)) % 2, inner, 1.0) if inner else 1.0
+    return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
+
+
+_turn = np.linspace(0, 2 * np.pi, 48)
+_circle = _ngon(48)
+_heart = -(13 * np.cos(_turn) - 5 * np.cos(2 * _turn) - 2 * np.cos(3 * _turn)
+           - np.cos(4 * _turn)) / 16
+
+# A polygon each; a second polygon, where there is one, is cut out.
+SHAPES = {
+    "circle": [_circle],
+    "ring": [_circle, 0.6 * _circle],
+    "crescent": [_circle, 0.85 * _circle + [0.45, 0]],
+    "triangle": [_ngon(3)],
+    "square": [_ngon(4)],
+    "pentagon": [_ngon(5)],
+    "star": [_ngon(5, 0.42)],
+    "frame": [_ngon(4), 0.6 * _ngon(4)],
+    "cross": [np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1),
+                        (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)])],
+    "heart": [np.stack([np.sin(_turn) ** 3, _heart], axis=1)],
+    "arrow": [np.array([(0, -1), (.8, -.1), (.3, -.1), (.3, 1), (-.3, 1), (-.3, -.1), (-.8, -.1)])],
+    "ell": [np.array([(-.8, -1), (-.2, -1), (-.2, .4), (.8, .4), (.8, 1), (-.8, 1)])],
+}
+
+
+class Shapes:
+    """One filled shape on a ground; image i is a function of (split, i). Colours, textures, size,
+    place and rotation (up to 17 degrees) vary; the shape is lighter than the ground."""
+
+    def __init__(self, split="train", n=8192, size=64):
+        self.split, self.n, self.size = split, n, size
+        self.classes = list(SHAPES)
+        self.labels = [i % len(self.classes) for i in range(n)]
+        self.identity = f"shapes-{split}-{n}-{size}"
+        self._drawn = {}  # an image (12 KB at 64 px) is drawn once in a process
+
+    def __len__(self):
+        return self.n
+
+    def image(self, i):
+        if i not in self._drawn:
+            self._drawn[i] = self._draw(i)
+        return Image.fromarray(self._drawn[i])
+
+    def pixels(self, i):
+        return to_pixels(self.image(i))
+
+    def _draw(self, i):
+        r, S = rng("shapes", self.split, i), self.size
+        colours = r.random((2, 2, 3))  # (ground or shape, its two colours, RGB)
+        while colours[1, 0].mean() - colours[0, 0].mean() < 0.35:  # any hue, but a lighter shape
+            colours = r.random((2, 2, 3))
+        # the two colours of a texture are close to each other
+        colours[:, 1] = 0.75 * colours[:, 0] + 0.25 * colours[:, 1]
+        ground, shape = (self._texture(r, a, b) for a, b in colours)
+        radius, angle = S * r.uniform(0.32, 0.45), r.uniform(-0.3, 0.3)
+        place = S / 2 + 0.6 * r.uniform(radius - S / 2, S / 2 - radius, 2)
+        turn = radius * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        canvas = Image.new("L", (4 * S, 4 * S))  # four times too large, then averaged: smooth edges
+        for part, fill in zip(SHAPES[self.classes[self.labels[i]]], (255, 0)):
+            points = [tuple(p) for p in 4 * (part @ turn + place)]
+            ImageDraw.Draw(canvas).polygon(points, fill=fill)
+        mask = np.asarray(canvas.reduce(4), np.float32)[..., None] / 255
+        image = (mask * shape + (1 - mask) * ground) * 255
+        return image.round().clip(0, 255).astype(np.uint8)
+
+    def _texture(self, r, a, b):
+        """(S, S, 3) in [0, 1] between colours a and b: flat, gradient, stripes, checks, clouds."""
+        S = self.size
+        y, x = np.mgrid[:S, :S] / S
+        angle, waves = r.uniform(0, np.pi), r.uniform(3, 7)
+        along = x * np.cos(angle) + y * np.sin(angle)
+        across = y * np.cos(angle) - x * np.sin(angle)
+        stripes, bars = (np.sin(2 * np.pi * waves * t) > 0 for t in (along, across))
+        kind = r.integers(5)
+        if kind == 4:
+            clouds = Image.fromarray(r.random((6, 6)).astype(np.float32))
+            t = np.asarray(clouds.resize((S, S), Image.BICUBIC))
+        else:
+            t = (np.zeros_like(x), (along + 1) / 2, stripes, stripes ^ bars)[kind]
+        return a + (b - a) * np.asarray(t, np.float32)[..., None]
+
+
+def open_shapes(val, size, val_images):
+    """(training shapes, held-out shapes), for --data shapes."""
+    if val is not None:
+        raise UserError("--val goes with --data DIR: the built-in shapes have their own held-out "
+                        "images")
+    return Shapes("train", size=size), Shapes("val", n=val_images, size=size)
+
+
+# ----------------------------------------------------------------------------- the stand-in encoder
+
+def pretrain_encoder(encoder, data, args, device):
+    """Trains a small encoder on the labels for a minute, as a STAND-IN for a foundation encoder.
+
+    Mean patch token, one linear layer, cross-entropy. The colour channels are permuted at random,
+    as DINOv2's augmentations do more gently: the features learn shapes and not colours. That is the
+    gap which stage 2 has to close."""
+    torch.manual_seed(args.seed)
+    head = nn.Linear(encoder.dim, len(data.classes)).to(device)
+    encoder.to(device).train()
+    parameters = [*encoder.parameters(), *head.parameters()]
+    optimiser = torch.optim.AdamW(parameters, 2e-3, (0.9, 0.99), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, 2e-3, args.pretrain_steps, pct_start=0.15)
+    order = ShuffledBatches(len(data), 64, (args.seed, "pretrain order"))
+    crops = Crops(data, args.size, (args.seed, "pretrain crop"))
+    stream = batches(crops, order, args.workers, device)
+    dtype = autocast_dtype(args.dtype, device)
+    for step in tqdm(range(args.pretrain_steps), "stand-in pretraining", mininterval=1):
+        x, y = next(stream)
+        x = x[:, rng(args.seed, "pretrain colour", step).permutation(3).tolist()]
+        with autocast(device, dtype):
+            logits = head(encoder.features(x).mean(1)).float()
+        loss = F.cross_entropy(logits, y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    accuracy = (logits.argmax(1) == y).float().mean()
+    print(f"stand-in pretraining: last batch loss {loss.item():.3f}, accuracy {accuracy:.1%}")
+
+
+def stand_in_encoder(args, data, run, device):
+    """(DINOv2, its arguments): the stand-in, trained once and kept as encoder.pt in the run."""
+    path = run.out / "encoder.pt"
+    recipe = {"seed": args.seed, "list of images": data.identity, "size": args.size,
+              "steps": args.pretrain_steps}
+    if not data.labels or not args.pretrain_steps:
+        raise UserError("tiny14 has no official weights; its stand-in is trained by --preset tiny, "
+                        "on --data with one folder per class (or give --encoder)")
+    if path.exists() and not args.overwrite:
+        check_same(load_file(path, "encoder").get("recipe", {}), recipe, path)
+    elif run.rank == 0:
+        print("NOTE: the preset tiny has no foundation encoder. A small one of the DINOv2 class is "
+              "first trained on the labels, as a stand-in; its figures say nothing about DINOv2.")
+        torch.manual_seed(args.seed)
+        encoder = DINOv2(**ENCODERS["tiny14"])
+        pretrain_encoder(encoder, data, args, device)
+        # the layout of DINOv2's own training checkpoints
+        state = {f"backbone.{k}": v for k, v in encoder.state_dict().items()}
+        save_checkpoint(path, {"teacher": state, "recipe": recipe})
+    barrier()
+    return load_encoder(str(path))
