@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import os
 import signal
-import struct
 import warnings
 import zlib
 from pathlib import Path
@@ -42,19 +41,6 @@ IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 MAX_ASPECT = 100  # 1 x 5000 px would become 256 x 1,280,000
 
 
-def check_png(path):
-    """Raises OSError unless every chunk's CRC is right up to the last chunk, IEND. PIL skips the
-    CRCs of the pixels, and stops when it has all pixels."""
-    with open(path, "rb") as f:
-        f.seek(8)
-        kind = b""
-        while kind != b"IEND":
-            length, kind = struct.unpack(">I4s", f.read(8))
-            crc = zlib.crc32(f.read(length), zlib.crc32(kind))
-            if crc != int.from_bytes(f.read(4)):
-                raise OSError("truncated, or a chunk's CRC differs")
-
-
 @contextlib.contextmanager
 def open_image(path):
     """An image file as PIL opens it, before its pixels are read.
@@ -69,9 +55,10 @@ def open_image(path):
             if max(img.size) > MAX_ASPECT * min(img.size):
                 raise ValueError(f"{img.width}x{img.height}, more than {MAX_ASPECT} times as long "
                                  "as wide")
-            if img.format == "PNG":
-                check_png(path)
-            # PIL has read up to the pixels. libjpeg alone does not always notice a missing end.
+            if img.format == "PNG":  # else PIL skips the CRCs of the pixels
+                with Image.open(path, formats=["PNG"]) as again:
+                    again.verify()
+            # PIL has read up to the pixels; libjpeg does not always notice a missing end
             elif img.format == "JPEG" and b"\xff\xd9" not in img.fp.read():
                 raise OSError("truncated: it has no end")
             yield img
@@ -112,17 +99,11 @@ def to_rgb(img):
 
 # ------------------------------------------------------------------------------ the preprocessing
 
-def halve(img, size):
-    """ADM's first step: halved with a box filter while at least twice too large."""
+def center_crop(img, size):
+    """ADM's centre crop, for evaluation and for latents: halved by a box filter while at least
+    twice too large, resized (bicubic) to the short side `size`, cropped. PIL RGB -> PIL RGB."""
     while min(img.size) >= 2 * size:
         img = img.resize((img.width // 2, img.height // 2), Image.BOX)
-    return img
-
-
-def center_crop(img, size):
-    """ADM's centre crop, for evaluation and for latents: halved, resized (bicubic) to the short
-    side `size`, cropped. PIL RGB -> PIL RGB of size x size."""
-    img = halve(img, size)
     scale = size / min(img.size)
     img = img.resize((round(img.width * scale), round(img.height * scale)), Image.BICUBIC)
     left, top = (img.width - size) // 2, (img.height - size) // 2

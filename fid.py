@@ -83,24 +83,19 @@ def average_pool(x):
 
 class InceptionA(tv.InceptionA):  # Mixed_5b to 5d
     def forward(self, x):
-        branches = [
-            self.branch1x1(x),
-            self.branch5x5_2(self.branch5x5_1(x)),
-            self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            self.branch_pool(average_pool(x))]
-        return torch.cat(branches, dim=1)
+        y = self.branch5x5_2(self.branch5x5_1(x))
+        z = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        pool = self.branch_pool(average_pool(x))
+        return torch.cat([self.branch1x1(x), y, z, pool], dim=1)
 
 
 class InceptionC(tv.InceptionC):  # Mixed_6b to 6e
     def forward(self, x):
-        y = self.branch7x7_2(self.branch7x7_1(x))
-        z = self.branch7x7dbl_2(self.branch7x7dbl_1(x))
-        branches = [
-            self.branch1x1(x),
-            self.branch7x7_3(y),
-            self.branch7x7dbl_5(self.branch7x7dbl_4(self.branch7x7dbl_3(z))),
-            self.branch_pool(average_pool(x))]
-        return torch.cat(branches, dim=1)  # (B, 768, 17, 17)
+        y = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        z = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        z = self.branch7x7dbl_5(self.branch7x7dbl_4(z))
+        pool = self.branch_pool(average_pool(x))
+        return torch.cat([self.branch1x1(x), y, z, pool], dim=1)  # (B, 768, 17, 17)
 
 
 class InceptionE(tv.InceptionE):  # Mixed_7b, 7c
@@ -109,14 +104,10 @@ class InceptionE(tv.InceptionE):  # Mixed_7b, 7c
     def forward(self, x):
         y = self.branch3x3_1(x)
         z = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        branches = [
-            self.branch1x1(x),
-            self.branch3x3_2a(y),
-            self.branch3x3_2b(y),
-            self.branch3x3dbl_3a(z),
-            self.branch3x3dbl_3b(z),
-            self.branch_pool(self.pool(x))]
-        return torch.cat(branches, dim=1)  # (B, 2048, 8, 8)
+        y = [self.branch3x3_2a(y), self.branch3x3_2b(y)]
+        z = [self.branch3x3dbl_3a(z), self.branch3x3dbl_3b(z)]
+        pool = self.branch_pool(self.pool(x))
+        return torch.cat([self.branch1x1(x), *y, *z, pool], dim=1)  # (B, 2048, 8, 8)
 
 
 class Inception(tv.Inception3):
@@ -178,9 +169,8 @@ def load_inception(file=None):
     load_strictly(inception, dict(load_file(path, "Inception")), path)
     digest = sha256(path)
     if digest != INCEPTION_SHA256:
-        print_0(f"NOTE: {path} is not the official FID Inception "
-                f"(sha256 {digest[:8]}): its figures compare only with figures "
-                "of the same file")
+        print_0(f"NOTE: {path} is not the official FID Inception (sha256 {digest[:8]}): its "
+                "figures compare only with figures of the same file")
     # BatchNorm would take a seventh of the time
     for layer in inception.modules():
         if isinstance(layer, tv.BasicConv2d):
@@ -309,17 +299,16 @@ class FeatureStatistics:
             value = images.statistics[name + suffix]
             finite = value.dtype.kind == "f" and np.isfinite(value).all()
             if value.shape != shape or not finite:
-                raise UserError(f"{images.path}: {name + suffix} has shape "
-                                f"{value.shape}, these features need {shape} and "
-                                "finite numbers: statistics of another network?")
+                raise UserError(f"{images.path}: {name + suffix} has shape {value.shape}, these "
+                                f"features need {shape} and finite numbers: another network's?")
             value = torch.from_numpy(value.astype(np.float64))
             setattr(statistics, name, value.to(device))
         # others' files hold neither: they are believed
         for key, now in (("resize", network.resize), ("weights", network.weights)):
             then = str(images.statistics.get(key, now))
             if then != now:
-                raise UserError(f"{images.path} was saved with {key} "
-                                f"{then[:12]}, now it is {now[:12]}")
+                raise UserError(f"{images.path} was saved with {key} {then[:12]}, now it is "
+                                f"{now[:12]}")
         n = images.statistics.get("n")  # only our files hold it
         statistics.n = None if n is None else int(n)
         statistics.rows = None
@@ -345,8 +334,7 @@ def frechet(a, b):
     means = (a.mu - b.mu).square().sum()
     distance = means + a.sigma.trace() + b.sigma.trace() - 2 * root
     if not distance.isfinite():
-        raise UserError("the Frechet distance is not finite: features or "
-                        "statistics too large to be true")
+        raise UserError("the Frechet distance is not finite: features or statistics too large")
     return max(0.0, distance.item())  # of equal sets rounding leaves about 1e-7
 
 
@@ -430,8 +418,7 @@ def ssim(x, y):
     Gaussian window 11x11, sigma 1.5, valid positions only, K1 .01, K2 .03, population covariance,
     mean over RGB. ValueError for sides below 11."""
     if min(x.shape[-2:]) < 11:
-        raise ValueError("SSIM needs sides of at least 11, not "
-                         f"{x.shape[-2]}x{x.shape[-1]}")
+        raise ValueError(f"SSIM needs sides of at least 11, not {x.shape[-2]}x{x.shape[-1]}")
     x, y = (x.double() + 1) / 2, (y.double() + 1) / 2  # of range 1
     window = [math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)]
     window = torch.tensor(window, dtype=x.dtype, device=x.device)
@@ -551,9 +538,8 @@ class ImageSet(Dataset):
         elif zipfile.is_zipfile(path):
             self._open_npz()
         else:
-            there = Path(path).exists()
-            fault = "neither a folder nor a whole npz" if there else "not found"
-            raise UserError(f"{path}: {fault}")
+            found = "neither a folder nor a whole npz" if Path(path).exists() else "not found"
+            raise UserError(f"{path}: {found}")
         if self.data is not None:
             self.n = len(self.data)
             if not size:
@@ -578,16 +564,16 @@ class ImageSet(Dataset):
                 if not self.size:
                     self.side = W, H
         if not self.n and not self.statistics:
-            raise UserError(f"{self.path} holds neither images (arr_0) nor "
-                            f"statistics (mu, sigma): {', '.join(keys)[:200]}")
+            raise UserError(f"{self.path} holds neither images (arr_0) nor statistics (mu, sigma): "
+                            f"{', '.join(keys)[:200]}")
 
     def _read_header(self, npz, f):
         """(N, H, W), by arr_0's header in its open entry f."""
         shape, dtype = read_header(f, npz.getinfo("arr_0.npy").file_size)
         images = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and min(shape)
         if not images or shape[1] * shape[2] > 2 ** 24:
-            raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3), at most "
-                            f"16 megapixels each, not {dtype} {shape}")
+            raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3), at most 16 megapixels "
+                            f"each, not {dtype} {shape}")
         return shape[:3]
 
     def _prepare(self, img):
@@ -721,8 +707,7 @@ def evaluate(args, rank, world, device):
             keep["logits"] = True
         computed[name] = {}
         if keep:
-            computed[name] = extract(images, network.net, keep, args,
-                                     rank, world, device)
+            computed[name] = extract(images, network.net, keep, args, rank, world, device)
         # the stored ones may be of more images, as in ADM's files
         statistics[name] = computed[name] | stored
     if rank != 0:
@@ -740,8 +725,7 @@ def choose(given, offered):
     chosen = given.split(",") if given else offered
     unknown = [m for m in chosen if m not in offered]
     if unknown:
-        raise UserError(f"--metrics {','.join(unknown)}: here there are "
-                        f"{','.join(offered)}")
+        raise UserError(f"--metrics {','.join(unknown)}: here there are {','.join(offered)}")
     return list(chosen)
 
 
@@ -755,15 +739,14 @@ def possible(metrics, name, images, args, report):
         lacks.add("sfid")
     lacking = [m for m in metrics if m in lacks]
     if lacking and args.metrics:
-        raise UserError(f"{images.path} lacks the images (sfid: mu_s, sigma_s) for "
-                        f"--metrics {','.join(lacking)}")
+        raise UserError(f"{images.path} lacks the images (sfid: mu_s, sigma_s) for --metrics "
+                        f"{','.join(lacking)}")
     if lacking:
-        report.warnings.append(f"{images.path} holds statistics only: no "
-                               f"{', '.join(lacking)}")
+        report.warnings.append(f"{images.path} holds statistics only: no {', '.join(lacking)}")
     metrics = [m for m in metrics if m not in lacks]
     if "pr" in metrics and images.n < 4:  # k = 3 neighbours
-        raise UserError(f"{images.path}: precision and recall take at least 4 "
-                        f"images, not {images.n}")
+        raise UserError(f"{images.path}: precision and recall take at least 4 images, not "
+                        f"{images.n}")
     return metrics
 
 
@@ -838,8 +821,7 @@ def open_tokenizer(path, size, device):
         tokenizer = load_tokenizer(path, VAE, content=content)
         size = size or operator.index(content.get("recipe", {}).get("size", 256))
     if size < 1 or size % tokenizer.factor:
-        raise UserError("--size: image sides must be divisible by "
-                        f"{tokenizer.factor}, not {size}")
+        raise UserError(f"--size must be divisible by {tokenizer.factor}, not {size}")
     return tokenizer.to(device), size
 
 
@@ -867,8 +849,7 @@ def reconstruction(args, rank, world, device):
             pairs = {rule: [FeatureStatistics(n, dims, device) for _ in range(2)]
                      for rule in rules}
     except UserError as e:
-        raise UserError(f"{e}; or leave it out with --metrics, of "
-                        "rfid,psnr,ssim,lpips") from None
+        raise UserError(f"{e}; or leave it out with --metrics, of rfid,psnr,ssim,lpips") from None
 
     values = torch.zeros(n, len(measures), dtype=torch.float64)
     for pixels, indices in images.read(args, rank, world, device):
@@ -889,8 +870,7 @@ def reconstruction(args, rank, world, device):
     for rule, pair in pairs.items():
         a, b = (statistics.finish() for statistics in pair)  # all ranks take part
         if rank == 0:
-            report.add("r" + network.distance, frechet(a, b), n, n,
-                       rule, network.weights)
+            report.add("r" + network.distance, frechet(a, b), n, n, rule, network.weights)
     if rank != 0:
         return
     for k, name in enumerate(measures):
@@ -912,8 +892,8 @@ def probe(args, rank, world, device):
             for folder, split in zip(folders, ("train", "val"))]
     labelled = all(data is not None and data.labels for data in sets)
     if not labelled or sets[0].classes != sets[1].classes:
-        raise UserError("--probe: TRAIN and VAL must be folders with the same class "
-                        "folders in them, or shapes")
+        raise UserError("--probe: TRAIN and VAL must be folders with the same class folders in "
+                        "them, or shapes")
     train, val = (encode_images(tokenizer, data, size, len(data), args.workers, device,
                                 args.batch_size) for data in sets)
     x, val_x = (e.tokens if args.tokens else e.latents for e in (train, val))
@@ -938,8 +918,8 @@ def parse(argv=None, judge=None):
         help="linear probe of a tokenizer's latents")
     add("--tokens", action="store_true",
         help="--probe: of the encoder's tokens before the adapter")
-    add("--metrics", help="of fid,sfid,is,pr,kid; --recon: of "
-                          "rfid,psnr,ssim,lpips (default: all that inputs allow)")
+    add("--metrics", help="of fid,sfid,is,pr,kid; --recon: of rfid,psnr,ssim,lpips (default: all "
+                          "that inputs allow)")
     if judge:
         p.set_defaults(features="judge")
     else:
@@ -950,11 +930,9 @@ def parse(argv=None, judge=None):
     add("--resize", choices=["tf1", "torch"], default="tf1",
         help="to 299 px: tf1 as ADM's, torch as pytorch-fid")
     add("--size", type=count,
-        help="centre-crop all images to this side in px (default: as they are; or "
-             "the tokenizer's)")
+        help="centre-crop all images to this side in px (default: none, or the tokenizer's)")
     add("--splits", type=count,
-        help="IS: this many shuffled parts, as torch-fidelity (default: chunks of "
-             "5000, as ADM)")
+        help="IS: this many shuffled parts, as torch-fidelity (default: chunks of 5000)")
     add("--seed", type=index, default=2020,
         help="of KID's subsets and --splits (default: torch-fidelity's, %(default)s)")
     add("--save-stats", metavar="FILE",
@@ -974,17 +952,16 @@ def parse(argv=None, judge=None):
 
     args.judge = judge
     if bool(args.paths) + bool(args.recon) + bool(args.probe) != 1:
-        raise UserError("give REF SAMPLES, or --recon CKPT DATA, or "
-                        "--probe CKPT TRAIN VAL (see --help)")
+        raise UserError("give REF SAMPLES, or --recon CKPT DATA, or --probe CKPT TRAIN VAL (see "
+                        "--help)")
     if args.paths and len(args.paths) not in ((1, 2) if args.save_stats else (2,)):
-        raise UserError(f"REF and SAMPLES are two paths, not {len(args.paths)} "
-                        "(one alone goes with --save-stats FILE)")
+        raise UserError(f"REF and SAMPLES are two paths, not {len(args.paths)} (one alone goes "
+                        "with --save-stats FILE)")
     # before the work, not after it
     for file in filter(None, (args.save_stats, args.json)):
         parent = Path(file).parent
         if not parent.is_dir() or not os.access(parent, os.W_OK) or Path(file).is_dir():
-            raise UserError(f"cannot write {file}: no such folder, not writable, "
-                            "or itself a folder")
+            raise UserError(f"cannot write {file}: no such folder, not writable, or a folder")
     return args
 
 

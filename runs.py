@@ -9,6 +9,7 @@ import csv
 import ctypes
 import math
 import multiprocessing
+import operator
 import os
 import signal
 import sys
@@ -20,8 +21,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from files import UserError, check_same, load_file, lock, save_checkpoint, write_atomically
+from files import (
+    UserError,
+    check_same,
+    load_file,
+    load_strictly,
+    lock,
+    reading,
+    save_checkpoint,
+    write_atomically,
+)
 from losses import average_over_ranks
 from model import Block, DiTBlock, ResnetBlock
 
@@ -169,31 +180,40 @@ class Run:
         dist.all_reduce(flag)
         return flag.item() > 0
 
-    def leave(self, prefix, step):
-        raise UserError(f"stopped by a signal at step {step} of {prefix}; saved "
-                        f"{self.last_good(prefix)}; repeat the command to go on")
-
     def checkpoints(self, prefix):
         return sorted(self.out.glob(f"{prefix}_step*.pt"))
 
-    def save(self, prefix, step, modules, meter, content):
-        """Saves a step's checkpoint: `content`, all that a resume needs, where losses and weights
-        are finite, and the weights of `modules` the same on all ranks."""
-        meter.check(self, prefix)
-        for module in modules:
-            check_weights(module, self, prefix)
-        path = self.out / f"{prefix}_step{step:08d}.pt"
-        if self.rank == 0:
-            save_checkpoint(path, content)
-            for old in self.checkpoints(prefix)[:-2]:
-                old.unlink()
-        # torchrun kills all ranks when one has left: nobody leaves before it is written
-        barrier()
-        self.good[prefix] = path
+    def last_good(self, prefix):
+        return self.good.get(prefix, "none")
 
-    def resume(self, prefix, recipe):
-        """The content of the newest good checkpoint, or None. recipe: what must be the same as
-        when it was written."""
+    def resume(self, s, stage=()):
+        """Loads the newest good checkpoint into `s`, where there is one, and rewinds the log to its
+        step. s: prefix, recipe (what must be the same as when it was written), networks,
+        optimisers, meter, step and steps. stage: (its number,) where log.csv begins with it."""
+        saved = self._newest(s.prefix, s.recipe)
+        if saved:
+            path = self.last_good(s.prefix)
+            with reading(path, "checkpoint"):
+                for name, network in s.networks.items():
+                    load_strictly(network, saved[name], path)
+                for name, optimiser in s.optimisers.items():
+                    load_optimiser(optimiser, saved[name])
+                s.meter.load(saved["meter"])
+                s.step = operator.index(saved["step"])
+                torch.set_rng_state(saved["rng"][self.rank % len(saved["rng"])])
+            if s.step > s.steps:
+                raise UserError(f"{path} is already at step {s.step}; --steps {s.steps} is behind "
+                                "it")
+        steps = [s.step]
+        if dist.is_initialized():
+            steps = [None] * dist.get_world_size()
+            dist.all_gather_object(steps, s.step)
+        if len(set(steps)) > 1:
+            raise UserError(f"the ranks resume from different steps {steps}: --out {self.out} must "
+                            "be a folder that all see")
+        self.rewind_log(s.step, s.steps, s.log_every, stage)
+
+    def _newest(self, prefix, recipe):
         for path in reversed(self.checkpoints(prefix)):
             try:
                 content = load_file(path)
@@ -210,15 +230,60 @@ class Run:
                             "--overwrite starts again")
         return None
 
+    def save(self, s):
+        """Saves all that a resume needs, where losses and weights are finite, and the weights the
+        same on all ranks."""
+        s.meter.check(self, s.prefix)
+        for network in s.networks.values():
+            check_weights(network, self, s.prefix)
+        parts = s.networks | s.optimisers
+        content = {name: part.state_dict() for name, part in parts.items()}
+        content |= {"step": s.step, "recipe": s.recipe, "meter": s.meter.state(),
+                    "rng": rng_states(), "arguments": next(iter(s.networks.values())).arguments}
+        path = self.out / f"{s.prefix}_step{s.step:08d}.pt"
+        if self.rank == 0:
+            save_checkpoint(path, content)
+            for old in self.checkpoints(s.prefix)[:-2]:
+                old.unlink()
+        # torchrun kills all ranks when one has left: nobody leaves before it is written
+        barrier()
+        self.good[s.prefix] = path
+
+    def steps(self, s, args, row, draw):
+        """Yields once a step, from s.step to s.steps. After the body has trained, it logs row(),
+        draws draw(path) and saves where that is due, and obeys signals."""
+        bar = tqdm(total=s.steps, initial=s.step, desc=s.prefix, disable=self.rank != 0,
+                   mininterval=1)
+        self.defer_signals(True)
+        while s.step < s.steps:
+            yield
+            s.step += 1
+            bar.update()
+            if due(s.step, args.log_every, s.steps):
+                s.meter.check(self, s.prefix)
+                figures = row()
+                self.log(figures)
+                bar.set_postfix({k: f"{figures[k]:.3g}" for k in s.shown if k in figures})
+                if s.step % args.log_every == 0:
+                    s.meter.reset()
+            if due(s.step, args.grid_every, s.steps) and self.rank == 0:
+                draw(self.out / f"{s.prefix}_step{s.step:08d}.png")
+            stop = self.should_stop()
+            if due(s.step, args.save_every, s.steps) or stop:
+                self.save(s)
+            if stop and s.step < s.steps:
+                bar.close()
+                raise UserError(f"stopped by a signal at step {s.step} of {s.prefix}; saved "
+                                f"{self.last_good(s.prefix)}; repeat the command to go on")
+        bar.close()
+        self.defer_signals(False)
+
     def forget(self, prefix):
         """--overwrite: deletes a stage's checkpoints and pictures."""
         if self.rank == 0:
             for path in [*self.out.glob(f"{prefix}.pt"), *self.out.glob(f"{prefix}_step*")]:
                 path.unlink()
         barrier()  # nobody resumes from what is being deleted
-
-    def last_good(self, prefix):
-        return self.good.get(prefix, "none")
 
     def log(self, row):
         if self.rank == 0:
@@ -323,16 +388,6 @@ def load_optimiser(optimiser, state):
             raise ValueError("the optimiser's count of steps is not one number")
 
 
-def check_same_step(step, out):
-    """All ranks must resume from the same step: nodes might see different folders."""
-    if dist.is_initialized():
-        steps = [None] * dist.get_world_size()
-        dist.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            raise UserError(f"the ranks resume from different steps {steps}: --out {out} must be a "
-                            "folder that all see")
-
-
 def check_weights(module, run, prefix):
     """Before a checkpoint: weights are finite (a bad gradient shows here before it shows in a loss)
     and the same on all ranks."""
@@ -349,7 +404,8 @@ def check_weights(module, run, prefix):
 
 # -------------------------------------------------------------------------------- the command line
 
-def _number(kind, test, wanted):
+def argument(kind, test, wanted):
+    """A type for argparse: a number that passes a test."""
     def parse(text):
         value = kind(text)
         if not test(value):
@@ -359,12 +415,11 @@ def _number(kind, test, wanted):
     return parse
 
 
-# Types of arguments
-count = _number(int, lambda x: x >= 1, "at least 1")
-index = _number(int, lambda x: x >= 0, "at least 0")
-positive = _number(float, lambda x: x > 0, "positive")
-weight = _number(float, lambda x: 0 <= x < math.inf, "at least 0, and finite")
-fraction = _number(float, lambda x: 0 <= x < 1, "in [0, 1)")
+count = argument(int, lambda x: x >= 1, "at least 1")
+index = argument(int, lambda x: x >= 0, "at least 0")
+positive = argument(float, lambda x: x > 0, "positive")
+weight = argument(float, lambda x: 0 <= x < math.inf, "at least 0, and finite")
+fraction = argument(float, lambda x: 0 <= x < 1, "in [0, 1)")
 
 
 class Parser(argparse.ArgumentParser):
@@ -377,11 +432,47 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
-    def fill(self, args, presets):
-        """Arguments that were not given are those of the chosen --preset."""
-        for name, value in presets[args.preset].items():
-            if getattr(args, name, None) is None:
-                setattr(args, name, value)
+    def training_flags(self):
+        """What both training scripts take."""
+        add = self.add_argument
+        add("--data", help="folder of images, one folder per class or flat; 'shapes': built in")
+        add("--val", help="folder of held-out images, which do not train (default: `val` beside a "
+                          "folder `train`, else 5%% of the files)")
+        add("--val-images", type=count, help="how many held-out images at most")
+        add("--steps", type=count)
+        add("--batch-size", type=count, help="global: over all ranks and micro-batches")
+        add("--accum", type=count, default=1, help="micro-batches per step")
+        add("--ema-decay", type=fraction)
+        add("--seed", type=index, default=0)
+        add("--size", type=count, help="image side in px, divisible by 16")
+        add("--workers", type=index, help="loader processes per rank")
+        add("--compile", action="store_true", help="torch.compile the blocks")
+        add("--checkpointing", action="store_true",
+            help="recompute activations in the backward pass: less memory, slower")
+        add("--log-every", type=count, help="steps")
+        add("--save-every", type=count, help="steps")
+        add("--grid-every", type=count, help="steps")
+        add("--overwrite", action="store_true", help="start again, whatever is in --out")
+
+    def fill(self, argv, presets):
+        """The arguments; those that were not given are the chosen --preset's."""
+        add = self.add_argument
+        add("--preset", choices=presets, default="paper", help="default: %(default)s")
+        add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
+            help="of autocast; auto: bf16 where it is native")
+        args = self.parse_args(argv)
+        preset = presets[args.preset]
+        args.given = {name for name in preset if getattr(args, name, None) is not None}
+        vars(args).update({k: v for k, v in preset.items() if k not in args.given})
+        return args
+
+
+def describe(s, args, images, world):
+    """The line on images, batch and steps that a training script prints at its start."""
+    local, epoch = args.batch_size // world // args.accum, images / args.batch_size
+    return (f"  {images} images of {args.size} px, batch {args.batch_size} = {world} ranks x "
+            f"{args.accum} micro-batches x {local}, {epoch:.1f} steps an epoch, {s.steps} steps"
+            + (f", resuming at step {s.step}" if s.step else ""))
 
 
 def check_batch_size(args, world):

@@ -261,7 +261,6 @@ PRESETS = {
 def parse(argv=None):
     p = runs.Parser(__doc__)
     add = p.add_argument
-    add("--preset", choices=PRESETS, default="paper", help="default: %(default)s")
     add("--dit", help="generator (default: the last checkpoint in runs/dit)")
     add("--tokenizer", default="runs/tokenizer/stage3.pt", help="default: %(default)s")
     add("-n", "--num", type=count,
@@ -280,8 +279,6 @@ def parse(argv=None):
         help="balanced, random, or classes such as 3,3,7 (default: %(default)s)")
     add("--seed", type=index, default=0)
     add("--batch-size", type=count, help="images at once in one process; it changes nothing else")
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
-        help="of autocast; auto: bf16 where it is native")
     add("--out", help="NAME.npz (arr_0, for fid.py and the ADM evaluator) or a folder of PNGs")
     add("--grid", help="a picture of the first images (default without --out: samples.png beside "
                        "the generator)")
@@ -290,8 +287,7 @@ def parse(argv=None):
     add("--latent-stats", help="file with mean and std of an official checkpoint's latents "
                                "(default: the tokenizer's)")
     add("--overwrite", action="store_true", help="replace what other arguments have left in --out")
-    args = p.parse_args(argv)
-    p.fill(args, PRESETS)
+    args = p.fill(argv, PRESETS)
     lo, hi = args.cfg_interval
     if not 0 <= lo <= hi <= 1:
         raise UserError("--cfg-interval takes LO <= HI in [0, 1] (the paper's time, 0 is data), "

@@ -942,19 +942,24 @@ def test_batched_array_of_two_ranks():
 def test_run_folder():
     """log.csv has its header and whole rows whatever a kill left; two checkpoints stay; a damaged
     one does not serve. Weights that are not finite are not saved."""
-    meter, row, linear = runs.Meter(CPU), {"stage": 1, "loss": 1 / 3}, torch.nn.Linear(2, 2)
+    row, linear = {"stage": 1, "loss": 1 / 3}, torch.nn.Linear(2, 2)
+    linear.arguments = {}
+    adam = torch.optim.Adam(linear.parameters())
+    s = SimpleNamespace(prefix="a", recipe={}, step=0, steps=9, log_every=1, meter=runs.Meter(CPU),
+                        networks={"linear": linear}, optimisers={"adam": adam})
     with folder() as d:
         (d / ".a_step00000009.pt.part").write_bytes(b"half")
         log = d / "log.csv"
         log.touch()
         with runs.Run(d, 0, ["stage", "step", "loss"]) as run:
-            run.rewind_log(0, 9, 1, (1,))
-            for step in range(1, 5):
-                run.log(row | {"step": step})
-                run.save("a", step, [linear], meter, {"recipe": {}, "step": step})
+            run.resume(s, (1,))
+            for s.step in range(1, 5):
+                run.log(row | {"step": s.step})
+                run.save(s)
+            s.step = 5
             torch.nn.init.constant_(linear.bias, math.nan)
             with refused("weights are not finite", "a_step00000004.pt"):
-                run.save("a", 5, [linear], meter, {})
+                run.save(s)
             with open(log, "a") as f:
                 f.write("1,1")  # cut by a kill
             run.rewind_log(2, 9, 1, (1,))
@@ -963,9 +968,13 @@ def test_run_folder():
             assert log.read_bytes() == b"stage,step,loss\n"
         (d / "a_step00000004.pt").write_bytes(b"half")
         save_checkpoint(d / "a_step00000005.pt", {"step": 5})
-        with runs.Run(d, 0, []) as run:
-            assert run.resume("a", {})["step"] == 3 and run.last_good("b") == "none"
+        with runs.Run(d, 0, ["stage", "step", "loss"]) as run:
+            run.resume(s, (1,))
+            assert s.step == 3 and linear.bias.isfinite().all() and run.last_good("b") == "none"
             assert run.last_good("a").name == "a_step00000003.pt"
+            s.recipe = {"lr": 1}
+            assert "lr None -> 1" in error_of(run.resume, s)
+        with runs.Run(d, 0, []) as run:
             assert "other columns" in error_of(run.rewind_log, 0, 9, 1)
         checkpoints = {f"a_step0000000{i}.pt" for i in (3, 4, 5)}
         assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *checkpoints}
@@ -983,9 +992,12 @@ def test_arguments():
         for text in bad.split():
             with refused("--x", text, "(see --help)"):
                 parser.parse_args([f"--x={text}"])
-    args = SimpleNamespace(preset="a", lr=None, steps=3, batch_size=8, accum=3)
-    parser.fill(args, {"a": {"lr": 0.1, "steps": 9}})
-    assert (args.lr, args.steps) == (0.1, 3)
+    parser = runs.Parser("")
+    parser.training_flags()
+    presets = {"a": {"size": 16, "steps": 9}, "paper": {"size": 256, "steps": 90}}
+    args = parser.fill(["--preset", "a", "--steps", "3", "--batch-size", "8", "--accum", "3"],
+                       presets)
+    assert (args.size, args.steps) == (16, 3) and args.given == {"steps"}
     assert "--batch-size 8 does not split" in error_of(runs.check_batch_size, args, 2)
 
 
@@ -1315,7 +1327,7 @@ def test_train_dit():
         z = tokenizer.normalize(tokenizer.encode(torch.stack([x, x.flip(2)])))
         assert np.abs(cache[5] - z.numpy()).max() < 2e-3 * z.abs().max()  # fp16
 
-        args = train_dit.parse(ours)
+        args = train_dit.parse([str(flag) for flag in ours])
         cached, fresh = (train_dit.FlowData(images, latents, (8, 2, 2), 12, args)
                          for latents in (cache, None))
         (z0, *rest), (x, *same_rest) = cached[0, 5], fresh[0, 5]

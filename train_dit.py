@@ -21,7 +21,6 @@ Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 """
 import copy
 import hashlib
-import operator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,14 +50,13 @@ from files import (
     BatchedArray,
     UserError,
     fingerprint,
-    load_strictly,
     load_tokenizer,
     print_0,
     reading,
     require_statistics,
 )
 from model import DITS, LightningDiT, update_ema
-from runs import count, fraction, index, positive, weight
+from runs import count, fraction, positive, weight
 from sample import choose_labels, generate, grid_rows, time_grid
 
 BINS = 5  # of t, in the log
@@ -96,37 +94,19 @@ def update(s, args):
     return norm
 
 
-def train(args, run, s, stream, device):
+def train(args, run, s, stream):
     """From the step that `s` is at to the last one."""
-    bar = tqdm(total=args.steps, initial=s.step, desc="generator", disable=run.rank != 0,
-               mininterval=1)
-    run.defer_signals(True)
-    while s.step < args.steps:
+    norm = None
+
+    def row():
+        return {"step": s.step} | averages(s.meter) | {"grad_norm": norm.item()}
+
+    for _ in run.steps(s, args, row, partial(sample_grid, s, args)):
         for micro in range(args.accum):
             log = training_step(next(stream), s, args, last=micro == args.accum - 1)
             s.meter.add(s.step + 1, log)
         norm = update(s, args)
-        s.step += 1
-        bar.update()
-
-        if runs.due(s.step, args.log_every, args.steps):
-            s.meter.check(run, "dit")
-            row = {"step": s.step} | averages(s.meter) | {"grad_norm": norm.item()}
-            run.log(row)
-            bar.set_postfix(mse=f"{row['mse']:.3f}", cosine=f"{row['cosine']:.3f}")
-            if s.step % args.log_every == 0:
-                s.meter.reset()
-        if runs.due(s.step, args.grid_every, args.steps) and run.rank == 0:
-            sample_grid(s, args, run.out / f"dit_step{s.step:08d}.png")
-        stop = run.should_stop()
-        if runs.due(s.step, args.save_every, args.steps) or stop:
-            run.save("dit", s.step, [s.model], s.meter, state(s))
-        if stop and s.step < args.steps:
-            bar.close()
-            run.leave("dit", s.step)
-    bar.close()
-    run.defer_signals(False)
-    print_0(f"complete: {run.last_good('dit')}")
+    print_0(f"complete: {run.last_good(s.prefix)}")
 
 
 def by_time(values, t):
@@ -235,7 +215,7 @@ class FlowData(Dataset):
         return x, y, normal, z1
 
 
-# ------------------------------------------------------------------------------- set up and resume
+# ------------------------------------------------------------------------------------------ set up
 
 def set_up(args, run, data, device):
     """(networks, optimiser, EMA and recipe; the latents or None)."""
@@ -262,36 +242,14 @@ def set_up(args, run, data, device):
     recipe |= {k: getattr(args, k) for k in (
         "model", "qk_norm", "size", "batch_size", "accum", "lr", "beta2", "clip", "w_cos",
         "label_drop", "ema_decay", "seed")}
-    return SimpleNamespace(
-        tokenizer=tokenizer, model=model, ema=ema, trained=trained, opt=opt, recipe=recipe,
-        step=0, meter=runs.Meter(device), encode=latents is None, dtype=dtype,
-        autocast=partial(runs.autocast, device, dtype)), latents
-
-
-def state(s):
-    """All that a resume needs, and what sample.py reads."""
-    return {"step": s.step, "recipe": s.recipe, "arguments": s.model.arguments,
-            "model": s.model.state_dict(), "ema": s.ema.state_dict(), "opt": s.opt.state_dict(),
-            "meter": s.meter.state(), "rng": runs.rng_states()}
-
-
-def resume(s, args, run):
-    """Loads the last good checkpoint, where there is one."""
-    saved = run.resume("dit", s.recipe)
-    if saved:
-        path = run.last_good("dit")
-        with reading(path, "checkpoint"):
-            load_strictly(s.model, saved["model"], path)
-            load_strictly(s.ema, saved["ema"], path)
-            runs.load_optimiser(s.opt, saved["opt"])
-            s.meter.load(saved["meter"])
-            s.step = operator.index(saved["step"])
-            torch.set_rng_state(saved["rng"][run.rank % len(saved["rng"])])
-        if s.step > args.steps:
-            raise UserError(f"{path} is already at step {s.step}; --steps {args.steps} is behind "
-                            "it")
-    runs.check_same_step(s.step, args.out)
-    run.rewind_log(s.step, args.steps, args.log_every)
+    s = SimpleNamespace(
+        prefix="dit", recipe=recipe, step=0, steps=args.steps, log_every=args.log_every,
+        shown=("mse", "cosine"), tokenizer=tokenizer, model=model, ema=ema, trained=trained,
+        opt=opt, meter=runs.Meter(device), encode=latents is None, dtype=dtype,
+        autocast=partial(runs.autocast, device, dtype))
+    # what a checkpoint holds; sample.py reads the EMA
+    s.networks, s.optimisers = {"model": model, "ema": ema}, {"opt": opt}
+    return s, latents
 
 
 def training_latents(s, args, run, data, latents, world, device):
@@ -306,14 +264,11 @@ def training_latents(s, args, run, data, latents, world, device):
     K, shape = s.model.num_classes, (s.model.d, *s.model.arguments["grid"])
     order = ShuffledBatches(len(data), args.batch_size, (args.seed, "order"), s.step, args.accum,
                             run.rank, world)
-    local, epoch = args.batch_size // world // args.accum, len(data) / args.batch_size
-    resuming = f", resuming at step {s.step}" if s.step else ""
+    epochs = args.steps * args.batch_size / len(data)
     print_0(
         f"LightningDiT {args.model}: {sum(p.numel() for p in s.trained) / 1e6:.2f}M parameters "
         f"train; latents {'x'.join(map(str, shape))}, {f'{K} classes' if K else 'unconditional'}\n"
-        f"  {len(data)} images, batch {args.batch_size} = {world} ranks x {args.accum} "
-        f"micro-batches x {local}, {epoch:.1f} steps an epoch, {args.steps} steps = "
-        f"{args.steps / epoch:.1f} epochs{resuming}\n"
+        f"{runs.describe(s, args, len(data), world)} = {epochs:.1f} epochs\n"
         f"  {device.type}, {s.recipe['dtype']}, latents {'encoded anew' if s.encode else 'cached'}")
     return batches(FlowData(data, latents, shape, K, args), order, args.workers, device)
 
@@ -336,21 +291,13 @@ PRESETS = {
 def parse(argv=None):
     p = runs.Parser(__doc__)
     add = p.add_argument
-    add("--preset", choices=PRESETS, default="paper", help="default: %(default)s")
     add("--tokenizer", default="runs/tokenizer/stage3.pt",
         help="default: %(default)s; stage 2's has the same latents")
-    add("--data", help="folder of images, one folder per class (flat: unconditional); 'shapes': "
-                       "built in")
-    add("--val", help="folder of held-out images, which do not train (as in train_tokenizer.py)")
-    add("--val-images", type=count,
-        help="how many are held out at most, where there is no other folder for them")
-    add("--out", default="runs/dit", help="the run's folder (default: %(default)s)")
     add("--model", choices=DITS, help="size")
+    add("--out", default="runs/dit", help="the run's folder (default: %(default)s)")
+    p.training_flags()
     add("--qk-norm", action="store_true", help="RMSNorm on queries and keys: for long trainings")
     add("--unconditional", action="store_true", help="ignore the classes")
-    add("--steps", type=count)
-    add("--batch-size", type=count, help="global: over all ranks and micro-batches")
-    add("--accum", type=count, default=1, help="micro-batches per step")
     add("--lr", type=positive, help="of AdamW, constant")
     add("--beta2", type=fraction, default=0.95, help="of AdamW (default: %(default)s)")
     add("--clip", type=positive, default=1.0,
@@ -359,26 +306,10 @@ def parse(argv=None):
         help="weight of the velocity-direction loss (default: %(default)s)")
     add("--label-drop", type=fraction, default=0.1,
         help="part of the labels dropped, for guidance (default: %(default)s)")
-    add("--ema-decay", type=fraction)
-    add("--seed", type=index, default=0)
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
-        help="of autocast; auto: bf16 where it is native")
-    add("--size", type=count, help="image side in px")
     add("--cache", help="file of the latents (default: latents.npy in --out); runs may share it")
     add("--no-cache", action="store_true", help="encode every batch anew: no disk, more time")
     add("--encode-batch", type=count, help="images at once while the cache is made")
-    add("--workers", type=index, help="loader processes per rank")
-    add("--compile", action="store_true", help="torch.compile the blocks")
-    add("--checkpointing", action="store_true",
-        help="recompute activations in the backward pass: less memory, slower")
-    add("--log-every", type=count, help="steps")
-    add("--save-every", type=count, help="steps")
-    add("--grid-every", type=count, help="steps")
-    add("--overwrite", action="store_true",
-        help="start again, whatever is in --out; a cache that fits stays")
-    args = p.parse_args(argv)
-    p.fill(args, PRESETS)
-    return args
+    return p.fill(argv, PRESETS)
 
 
 def main(argv=None):
@@ -394,9 +325,9 @@ def main(argv=None):
         else:
             data, _ = open_folders(args.data, args.val, args.val_images)
         s, latents = set_up(args, run, data, device)
-        resume(s, args, run)
+        run.resume(s)
         stream = training_latents(s, args, run, data, latents, world, device)
-        train(args, run, s, stream, device)
+        train(args, run, s, stream)
 
 
 if __name__ == "__main__":

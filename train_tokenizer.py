@@ -28,7 +28,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 import baselines
 import losses
@@ -60,7 +59,7 @@ from files import (
     save_checkpoint,
 )
 from model import DECODERS, Tokenizer, update_ema
-from runs import count, fraction, index, positive, weight
+from runs import count, index, positive, weight
 
 # What trains; whether the frozen result of stage 1 is the reference of L_sp; whether the stage's
 # result is the EMA of its weights.
@@ -167,37 +166,17 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
     stream = training_images(s, args, data, device)
     describe_stage(s, args, data, device)
 
-    bar = tqdm(total=s.steps, initial=s.step, desc=s.prefix, disable=run.rank != 0, mininterval=1)
-    run.defer_signals(True)
-    while s.step < s.steps:
+    def row():
+        return {"stage": stage, "step": s.step} | s.meter.average()
+
+    draw = partial(reconstruction_grid, s.ema or s.tokenizer, held_out, args, device)
+    for _ in run.steps(s, args, row, draw):
         gan = args.w_g > 0 and s.steps_before + s.step >= args.disc_start
         for micro in range(args.accum):
             x, _, *noise = next(stream)
             log = training_step(x, noise, s, args, gan, last=micro == args.accum - 1)
             s.meter.add(s.step + 1, log)
         update(s, args, gan)
-        s.step += 1
-        bar.update()
-
-        if runs.due(s.step, args.log_every, s.steps):
-            s.meter.check(run, s.prefix)
-            row = {"stage": stage, "step": s.step} | s.meter.average()
-            run.log(row)
-            bar.set_postfix({k: f"{row[k]:.3g}" for k in ("rec", "sp", "d_loss") if k in row})
-            if s.step % args.log_every == 0:
-                s.meter.reset()
-        if runs.due(s.step, args.grid_every, s.steps) and run.rank == 0:
-            picture = run.out / f"{s.prefix}_step{s.step:08d}.png"
-            reconstruction_grid(s.ema or s.tokenizer, held_out, args, device, picture)
-        stop = run.should_stop()
-        if runs.due(s.step, args.save_every, s.steps) or stop:
-            networks = (s.tokenizer, s.discriminator)
-            run.save(s.prefix, s.step, networks, s.meter, stage_state(s))
-        if stop and s.step < s.steps:
-            bar.close()
-            run.leave(s.prefix, s.step)
-    bar.close()
-    run.defer_signals(False)
     if run.rank == 0:
         finish_stage(s, args, data, held_out, device, run.out / f"{s.prefix}.pt")
     runs.barrier(hours=12)  # the other ranks wait, for longer than a collective may take
@@ -299,9 +278,15 @@ def set_up_stage(stage, args, run, data, lpips, device):
     seed_torch(args.seed, "stage", stage, run.rank)  # no step draws from it yet
     s = SimpleNamespace(
         stage=stage, prefix=f"stage{stage}" if stage else args.model, recipe=recipe, step=0,
-        steps=args.steps_of[stage], steps_before=start.steps, tokenizer=tokenizer,
-        discriminator=discriminator, reference=start.reference, ema=ema, lpips=lpips, opt_g=opt_g,
-        opt_d=opt_d, meter=runs.Meter(device), autocast=partial(runs.autocast, device, dtype))
+        steps=args.steps_of[stage], steps_before=start.steps, log_every=args.log_every,
+        shown=("rec", "sp", "d_loss"), tokenizer=tokenizer, discriminator=discriminator,
+        reference=start.reference, ema=ema, lpips=lpips, opt_g=opt_g, opt_d=opt_d,
+        meter=runs.Meter(device), autocast=partial(runs.autocast, device, dtype))
+    # what a checkpoint holds
+    s.networks = {"tokenizer": tokenizer, "discriminator": discriminator}
+    if ema is not None:
+        s.networks["ema"] = ema
+    s.optimisers = {"opt_g": opt_g, "opt_d": opt_d}
     objective = aligntok_objective if args.model == "aligntok" else baselines.objective
     s.objective = partial(objective, s, args)
     return s
@@ -399,14 +384,10 @@ def describe_stage(s, args, data, device):
     weights = f"w_sp {args.w_sp:g}"
     if not s.stage:
         weights = f"w_kl {args.w_kl:g}, w_vf {args.w_vf * (args.model == 'vavae'):g}"
-    local = args.batch_size // args.world // args.accum
-    resuming = f", resuming at step {s.step}" if s.step else ""
     print_0(
         f"\n{name}, {STAGES[s.stage]['name']}: {' '.join(trains)} train, {trained / 1e6:.2f}M "
         f"parameters; {frozen / 1e6:.2f}M frozen; discriminator {in_d / 1e6:.2f}M\n"
-        f"  {len(data)} images of {args.size} px, batch {args.batch_size} = {args.world} ranks x "
-        f"{args.accum} micro-batches x {local}, {len(data) / args.batch_size:.1f} steps an epoch, "
-        f"{s.steps} steps{resuming}\n"
+        f"{runs.describe(s, args, len(data), args.world)}\n"
         f"  {device.type}, {s.recipe['dtype']}, w_p {args.w_p:g}, w_g {args.w_g:g} from step "
         f"{args.disc_start} of all stages, {weights}")
 
@@ -417,18 +398,8 @@ COLUMNS = ["stage", "step", "l1", "perceptual", "rec", "g_loss", "adaptive", "sp
            "kl", "vf", "vf_adaptive", "d_loss", "d_real", "d_fake"]
 
 
-def stage_state(s):
-    """All that a resume needs."""
-    return {"stage": s.stage, "step": s.step, "recipe": s.recipe,
-            "arguments": s.tokenizer.arguments, "tokenizer": s.tokenizer.state_dict(),
-            "ema": s.ema.state_dict() if s.ema is not None else None,
-            "discriminator": s.discriminator.state_dict(), "opt_g": s.opt_g.state_dict(),
-            "opt_d": s.opt_d.state_dict(), "meter": s.meter.state(), "rng": runs.rng_states()}
-
-
 def resume_stage(s, args, run):
-    """Loads the stage's last good checkpoint, where there is one. Returns whether the stage is
-    complete."""
+    """Loads the stage's last good checkpoint, or returns True where the stage is complete."""
     final = run.out / f"{s.prefix}.pt"
     if args.overwrite:
         run.forget(s.prefix)
@@ -438,25 +409,11 @@ def resume_stage(s, args, run):
         if done["step"] >= s.steps:
             print_0(f"{s.prefix} is complete: {final}")
             return True
-    saved = run.resume(s.prefix, s.recipe)
-    if saved:
-        path = run.last_good(s.prefix)
-        with reading(path, "checkpoint"):
-            for name in ("tokenizer", "discriminator", *(["ema"] if s.ema is not None else [])):
-                load_strictly(getattr(s, name), saved[name], path)
-            for name in ("opt_g", "opt_d"):
-                runs.load_optimiser(getattr(s, name), saved[name])
-            s.meter.load(saved["meter"])
-            s.step = operator.index(saved["step"])
-            torch.set_rng_state(saved["rng"][run.rank % len(saved["rng"])])
-        if s.step > s.steps:
-            raise UserError(f"{path} is already at step {s.step}; --steps {s.steps} is behind it")
-    elif final.exists():
+    if final.exists() and not run.checkpoints(s.prefix):
         raise UserError(f"{final} is at step {done['step']} of {s.steps}, but the "
                         f"{s.prefix}_step*.pt to resume from are gone; --overwrite starts the "
                         "stage again")
-    runs.check_same_step(s.step, args.out)
-    run.rewind_log(s.step, s.steps, args.log_every, (s.stage,))
+    run.resume(s, stage=(s.stage,))
     return False
 
 
@@ -482,30 +439,18 @@ PRESETS = {
 def parse(argv=None):
     p = runs.Parser(__doc__)
     add = p.add_argument
-    add("--preset", choices=PRESETS, default="paper", help="default: %(default)s")
     add("--model", choices=["aligntok", "vae", "vavae"], default="aligntok",
-        help="vae, vavae: the paper's baselines")
+        help="vae, vavae: the paper's baselines, as many steps as the stages together")
     add("--stage", choices=["1", "2", "3", "all"], default="all",
         help="of aligntok (default: %(default)s)")
-    add("--data", help="folder of images, one folder per class or flat; 'shapes': built in")
-    add("--val", help="folder of held-out images (default: `val` beside a folder `train`, else "
-                      "5%% are held out)")
+    add("--init", help="the stage before's final checkpoint (default: in --out)")
     add("--out", default="runs/tokenizer", help="the run's folder (default: %(default)s)")
-    add("--steps", type=count, help="of each stage, or of a baseline (whose default is that of the "
-                                    "stages together)")
-    add("--batch-size", type=count, help="global: over all ranks and micro-batches")
-    add("--accum", type=count, default=1, help="micro-batches per step; BatchNorm and w_g see one "
-                                               "micro-batch at a time")
+    p.training_flags()
     add("--lr", type=positive, help="of Adam, for G and D")
     add("--encoder-lr", type=positive, help="of E_p in stage 2 (default: --lr)")
-    add("--seed", type=index, default=0)
-    add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
-        help="of autocast; auto: bf16 where it is native")
-    add("--init", help="the stage before's final checkpoint (default: in --out)")
     add("--encoder", help="stage 1, vavae: vits14 ... vitg14, with _reg4, or a DINOv2 file, or "
                           "random:NAME")
     add("--d", type=count, default=32, help="latent channels (default: %(default)s)")
-    add("--size", type=count, help="image side in px, divisible by 16")
     add("--vgg16", help="torchvision's VGG16 file, for L_perceptual")
     add("--lpips-heads", help="LPIPS v0.1 VGG heads, for L_perceptual")
     add("--w-p", type=weight, help="weight of L_perceptual")
@@ -523,28 +468,16 @@ def parse(argv=None):
         help="vavae: m_cos and m_dist of the VF loss (default: %(default)s)")
     add("--disc-start", type=index,
         help="step, counted through the stages, at which the GAN begins")
-    add("--ema-decay", type=fraction)
-    add("--workers", type=index, help="loader processes per rank")
-    add("--compile", action="store_true", help="torch.compile the blocks")
-    add("--checkpointing", action="store_true",
-        help="recompute activations in the backward pass: less memory, slower")
-    add("--log-every", type=count, help="steps")
-    add("--save-every", type=count, help="steps")
-    add("--grid-every", type=count, help="steps")
-    add("--val-images", type=count, help="held-out images at the end of a stage")
     add("--encode-images", "--probe-images", type=count,
         help="training images at the end of a stage, for the latent statistics and the probe")
     add("--check-data", action="store_true",
         help="decode every image first, and name the unreadable ones")
-    add("--overwrite", action="store_true", help="start the stage again, whatever is in --out")
-    args = p.parse_args(argv)
+    args = p.fill(argv, PRESETS)
 
-    args.encoder_given = args.encoder is not None
-    if args.preset == "tiny" and args.w_p is None and args.vgg16 and args.lpips_heads:
+    args.encoder_given = "encoder" in args.given
+    if args.preset == "tiny" and "w_p" not in args.given and args.vgg16 and args.lpips_heads:
         args.w_p = 1.0  # there the loss is off only for want of its weights
-    p.fill(args, PRESETS)
-    if args.encoder_lr is None:
-        args.encoder_lr = args.lr
+    args.encoder_lr = args.encoder_lr or args.lr
     steps = [args.steps] * 4 if isinstance(args.steps, int) else [*args.steps, sum(args.steps)]
     args.steps_of = dict(zip(STAGES, steps))
     if args.size % 16 or args.size < 32:  # 32: the least that PatchGAN takes
