@@ -148,8 +148,8 @@ class Inception(tv.Inception3):
 
 
 def resize_tf1(x, size=299):
-    """TensorFlow 1's bilinear resize of (B, C, H, W), columns first. Pixel i is read at i times the
-    ratio of the sides, not half a pixel further."""
+    """TensorFlow 1's bilinear resize of (B, C, H, W), columns first. Output pixel i is read at i *
+    in / out; other libraries add half a pixel before they scale."""
     for dim in (3, 2):
         n = x.shape[dim]
         scale = torch.tensor(float(n), device=x.device) / size

@@ -194,8 +194,9 @@ def lock(path, message):
 def claim(result, record, recipe, overwrite, present):
     """Writes the JSON file `record`: the recipe by which `result`, a file or folder, is made.
 
-    present: whether a part of it is there already. What another recipe has made is refused, by
-    name; with `overwrite` this returns True, and the caller deletes it."""
+    present: whether a part of the result exists already. If another recipe made it, that is an
+    error that names the difference; with `overwrite` True is returned, and the caller deletes the
+    old result."""
     recipe, then = json.loads(json.dumps(recipe)), {}  # as it will be read back
     record = Path(record)
     if record.exists():
@@ -252,8 +253,8 @@ class BatchedArray:
         return sorted((int(m[1]), int(m[2]), self.parts / m[0]) for m in names if m)
 
     def missing(self, batch_size):
-        """The batches of this rank that lack a row, as ranges of rows. They are drawn whole: the
-        rounding of a sum depends on its batch, and a stop must not change a bit."""
+        """The batches of this rank that lack a row, as ranges of rows. A batch is always computed
+        whole, because the rounding of a row depends on the batch that it is computed in."""
         lacking = np.ones(self.n, bool)
         for first, end, _ in self._written():
             lacking[first:end] = False

@@ -4,9 +4,10 @@
     Sec. 3   L_sp  = L2(z0*, z0)                                 stage 2
              L     = E || v(z_t, t) - (z1 - z0) ||^2             the generator
 
-Choices where the paper is silent: every L1 and L2 is a mean over all elements; the discriminator,
-its hinge loss and the adaptive w_g are VA-VAE's (PatchGAN, Isola et al. 2017; adaptive weight,
-Esser et al. 2021).
+Reductions (a choice; the paper names none): L1, L_sp and the flow-matching loss are means over all
+elements. LPIPS is a mean over positions, a sum over five layers, a mean over the batch. L_GAN is a
+mean over patches and batch. The discriminator, its hinge loss and the adaptive w_g are VA-VAE's
+(PatchGAN, Isola et al. 2017; adaptive weight, Esser et al. 2021).
 
 Images are (B, 3, H, W) in [-1, 1]. Under autocast VGG16 and PatchGAN run in its type; norms,
 distances, means and the adaptive weight are always fp32.
@@ -20,8 +21,8 @@ from torch import nn
 
 # L1(x, x^) + w_p L_perceptual
 def reconstruction_loss(x, recon, lpips, w_p):
-    """Eq. 1 without its last term. Returns (sum, L1, L_perceptual), scalars: L1 is the mean over
-    all elements, L_perceptual the mean over the batch. lpips: an LPIPS, or None where w_p = 0."""
+    """Eq. 1 without its last term, which training_step adds. Returns (sum, L1, L_perceptual),
+    scalars. lpips: an LPIPS, or None where w_p = 0."""
     l1 = (x - recon).abs().mean()
     if lpips is None or w_p == 0:
         return l1, l1, torch.zeros_like(l1)
@@ -42,11 +43,12 @@ def hinge_d(real, fake):
 
 # w_g = --w-g * |grad L_rec| / (|grad L_GAN| + 1e-4), the gradients at the decoder's last layer
 def adaptive_weight(rec, other, last_layer, limit=1e4):
-    """The factor that makes another loss' gradient at a last layer as large as that of the
-    reconstruction: for L_GAN at the decoder's, for VA-VAE's VF loss at the encoder's (limit 1e8).
+    """|grad rec| / (|grad other| + 1e-4) at a last layer, clamped to [0, limit], detached. With this
+    weight the other loss pulls at that layer as strongly as the reconstruction loss does. L_GAN is
+    weighed at the decoder's last layer, VA-VAE's VF loss at the encoder's.
 
-    Clamped to [0, limit], detached. Under DDP the gradients are averaged over the ranks before the
-    norms are taken (a mean of norms is another number), so every rank gets the same weight."""
+    Under DDP the gradients are averaged over the ranks before the norms are taken (a mean of norms
+    is another number), so every rank gets the same weight."""
     grads = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
                          for loss in (rec, other)])
     rec_norm, other_norm = average_over_ranks(grads.float()).flatten(1).norm(dim=1)
@@ -54,12 +56,11 @@ def adaptive_weight(rec, other, last_layer, limit=1e4):
 
 
 def linearised(loss, recon):
-    """<dL/dx^, x^>, the linear function of the reconstruction x^ (B, 3, H, W) that has the gradient
-    of the loss L. Behind x^ the chain rule needs only dL/dx^, so every weight gets the gradient
-    that L would give it.
+    """A loss L(x^) replaced by the sum of dL/dx^ * x^, with dL/dx^ held constant. By the chain rule
+    every weight of the tokenizer gets the same gradient from it as from L.
 
-    L_rec and L_GAN are differentiated twice, for the adaptive weight and for the step. This way
-    the pass back through VGG16 and D is made once."""
+    L_rec and L_GAN are differentiated twice: for the adaptive weight and for the step. In this form
+    the second time does not go back through VGG16 and D again."""
     return (torch.autograd.grad(loss, recon)[0] * recon).sum()
 
 
@@ -183,7 +184,7 @@ class PatchGAN(nn.Module):
         return self.main(x.contiguous(memory_format=torch.channels_last))
 
 
-# ------------------------------------------------------------------ over the ranks of a distributed run
+# ------------------------------------------------------------- over the ranks of a distributed run
 
 def average_over_ranks(t):
     """The mean of a tensor over all ranks, in place; without torchrun the tensor itself."""

@@ -14,8 +14,8 @@ fp16), the last two dit_step*.pt (they resume, and sample.py reads their EMA), l
 drawn from the EMA. The same command resumes it. What an image meets in an epoch (flip, dropped
 label, t, z1) is a function of (seed, epoch, image).
 
-Departures from LightningDiT's code: the paper's direction of time; the gradient is clipped; labels
-are dropped, and noise is drawn, where the data is read, so that the loop is plain.
+Departures from LightningDiT's code: the paper's direction of time; the gradient is clipped; the
+loader (FlowData) draws the noise and drops the labels.
 
 Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 """
@@ -129,8 +129,8 @@ def averages(meter):
 
 
 def sample_grid(s, args, path):
-    """Eight images of up to twelve classes, one class a row. Without guidance, which flatters: so
-    progress shows sooner."""
+    """Eight images of up to twelve classes, one class a row. Without guidance, because guidance
+    hides how far the training has come."""
     K, labels, n = s.ema.num_classes, None, 64
     if K:
         classes = np.unique(np.linspace(0, K - 1, min(K, 12)).astype(int))

@@ -77,11 +77,11 @@ STAGES = {
 
 
 def aligntok_objective(s, args, x):
-    """x -> (x^, the terms beside L_rec): in stage 2 L_sp, in stages 1 and 3 none. Each system of
-    tokenizers has such a function (baselines.objective); training_step knows nothing else of it.
+    """Images x (B, 3, H, W) -> (x^, the terms that are added to L_rec): L_sp in stage 2, none in
+    stages 1 and 3. Each tokenizer system has such a function, which training_step calls.
 
-    x^ is (B, 3, H, W). A term is name: (weight, value), the weight None for what is only logged;
-    or name: (weight, value, last layer, limit): the weight times losses.adaptive_weight there."""
+    The terms are a dict, name -> (weight, value). A weight None means: only logged. With (weight,
+    value, layer, limit) the weight is multiplied by the adaptive weight at that layer."""
     recon, z0, tokens = s.ddp_tokenizer(x)  # D(z0), z0 = A(E_p(x)) (B, d, h, w), E_p(x) (B, N, D)
     if s.reference is None:
         return recon, {}
@@ -93,7 +93,7 @@ def aligntok_objective(s, args, x):
         return recon, {"sp": (args.w_sp, l_sp)}
     l_sp = losses.semantic_preservation(z0, z0_ref, args.sp_loss, dim=1)
     terms = {"sp": (args.w_sp, l_sp)}
-    if args.sp_loss == "l2":  # beside the variance of stage 1's latents
+    if args.sp_loss == "l2":  # L_sp as a fraction of the variance of stage 1's latents
         terms["sp_to_var"] = (None, l_sp / s.reference.latent_std.square().mean())
     return recon, terms
 
@@ -185,10 +185,15 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
 # ------------------------------------------------------------------------------- the end of a stage
 
 def finish_stage(s, args, data, held_out, device, path):
-    """Validates the stage's result (its EMA, where it has one) and saves it as a tokenizer, with D
-    for the next stage."""
-    result = s.ema or s.tokenizer
-    figures = validate(s.stage, result, data, held_out, args, device, s.lpips)
+    """The stage's result is its EMA, where it has one: computes its latent statistics, validates it
+    and saves it as a tokenizer, with D for the next stage."""
+    result = (s.ema or s.tokenizer).eval()
+    train = encode_images(result, data, args.size, args.encode_images, args.workers, device)
+    if s.stage != 3:  # in stage 3 the latents are those of stage 2, and keep their statistics
+        result.latent_mean.copy_(train.latent_mean)
+        result.latent_std.copy_(train.latent_std)
+    probe_on = train if data.labels and held_out.labels else None
+    figures = validate(result, probe_on, held_out, args, device, s.lpips)
     n = min(args.val_images, len(held_out))
     print(f"{path.stem} on {n} held-out images: " + ", ".join(
         f"{k} {v:.4f}" if k in ("rec", "ssim") else f"{k} {v:.2f}" for k, v in figures.items()))
@@ -201,15 +206,10 @@ def finish_stage(s, args, data, held_out, device, path):
 
 
 @torch.no_grad()
-def validate(stage, tokenizer, data, held_out, args, device, lpips):
-    """Held-out L_rec without its GAN term, PSNR, SSIM, the linear probe of the latents (Figure 3)
-    and, beside it, of the tokens before the adapter. Fills the latent statistics. In fp32."""
-    tokenizer.eval()
-    train = encode_images(tokenizer, data, args.size, args.encode_images, args.workers, device)
-    if stage != 3:  # it leaves the latents alone, so their statistics stay, bit for bit
-        tokenizer.latent_mean.copy_(train.latent_mean)
-        tokenizer.latent_std.copy_(train.latent_std)
-
+def validate(tokenizer, train, held_out, args, device, lpips):
+    """Held-out L_rec without its GAN term, PSNR, SSIM; where there are labels, the linear probe of
+    the latents (Figure 3) and of the tokens before the adapter. train: the encoded training images
+    for the probe, or None. In fp32."""
     order = at_random(args.val_images, 32, len(held_out))
     sums = {"rec": 0.0, "psnr": 0.0, "ssim": 0.0}
     for x, _ in batches(Crops(held_out, args.size), order, args.workers, device):
@@ -219,7 +219,7 @@ def validate(stage, tokenizer, data, held_out, args, device, lpips):
         sums["psnr"] += psnr(x, recon).sum().item()
         sums["ssim"] += ssim(x, recon).sum().item()
     figures = {k: v / min(args.val_images, len(held_out)) for k, v in sums.items()}
-    if data.labels and held_out.labels:
+    if train:
         val = encode_images(tokenizer, held_out, args.size, args.val_images, args.workers, device)
         for name, part in (("probe", "latents"), ("probe_tokens", "tokens")):
             figures[name] = linear_probe(getattr(train, part), train.labels,
@@ -476,7 +476,7 @@ def parse(argv=None):
 
     args.encoder_given = "encoder" in args.given
     if args.preset == "tiny" and "w_p" not in args.given and args.vgg16 and args.lpips_heads:
-        args.w_p = 1.0  # there the loss is off only for want of its weights
+        args.w_p = 1.0  # that preset leaves L_perceptual out only because it needs files
     args.encoder_lr = args.encoder_lr or args.lr
     steps = [args.steps] * 4 if isinstance(args.steps, int) else [*args.steps, sum(args.steps)]
     args.steps_of = dict(zip(STAGES, steps))

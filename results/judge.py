@@ -23,8 +23,8 @@ from runs import Parser, launch
 
 
 class SameConv(nn.Conv2d):
-    """TensorFlow's SAME padding of sides that the stride divides: an odd pixel goes to the right and
-    to the bottom."""
+    """TensorFlow's SAME padding of sides that the stride divides: an odd pixel goes to the right
+    and to the bottom."""
 
     def forward(self, x):
         pad = self.kernel_size[0] - self.stride[0]
