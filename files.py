@@ -98,6 +98,8 @@ def load_file(path, kind="checkpoint"):
                              "loaded") from None
         if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
             raise ValueError("no dict of tensors")
+    if isinstance(content.get("run"), dict):  # the name of the recipe before 2026-11-26
+        content["recipe"] = content.pop("run")
     return content
 
 
