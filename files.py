@@ -292,10 +292,13 @@ class BatchedArray:
             np.lib.format.write_array_header_1_0(f, header)
             row = 0
             for first, end, part in self._written():
-                if end > row:  # they overlap where the batch size has changed after a stop
+                if first <= row < end:  # they overlap where the batch size changed after a stop
                     with reading(part, "batch (delete it, and it is made anew)"):
                         f.write(np.load(part)[row - first:].tobytes())
                     row = end
+            if row < self.n:
+                raise UserError(f"row {row} of {self.path} is gone from {self.parts}; repeat the "
+                                "command, and it is made again")
 
         if self.path.suffix != ".npz":
             return write(f)

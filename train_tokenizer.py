@@ -116,7 +116,7 @@ def training_step(x, noise, s, args, gan, last):
         log = {"l1": l1, "perceptual": perceptual, "rec": l_rec}
         linear_rec = loss = losses.linearised(l_rec, recon)  # the same gradients, at less cost
         if gan:
-            s.discriminator.requires_grad_(False)  # G's loss leaves no gradient in D
+            s.discriminator.requires_grad_(False)  # of G's loss only the gradient of x^ is wanted
             with s.autocast():
                 l_gan = losses.hinge_g(s.discriminator(recon))
             linear_gan = losses.linearised(l_gan, recon)
