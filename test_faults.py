@@ -853,7 +853,7 @@ def slow_kills():
                 tok / "stage3.pt", "--dit", dit / "dit_step00000006.pt", "--num", "40",
                 "--batch-size", "2", "--steps", "2"]
         for name, out, most, command in (
-                ("tokenizer", "out", 24, ["train_tokenizer.py", *SLOW]),
+                ("tokenizer", "out", 20, ["train_tokenizer.py", *SLOW]),
                 ("dit", "out", 40, generator),
                 ("npz", "out.npz", 16, draw), ("png", "out", 24, draw)):
             for run in "ab":
