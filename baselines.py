@@ -54,7 +54,6 @@ class VAE(LatentSpace):
 
     def __init__(self, decoder, d=32, vf_dim=None):
         super().__init__(d)
-        # a checkpoint keeps them, to rebuild the model
         self.arguments = {"decoder": decoder, "d": d, "vf_dim": vf_dim}
         self.encoder = Encoder(d=d, **decoder)
         self.quant_conv = nn.Conv2d(2 * d, 2 * d, 1)
@@ -73,8 +72,8 @@ class VAE(LatentSpace):
         state = content.get("state_dict", content)
         if "encoder.conv_in.weight" not in state:
             return None
-        # Official files hold no sizes: they follow from names and shapes. Their parts that only
-        # training needs are left out. Their latent statistics are a file of its own: zero here.
+        # Official files hold no sizes: they follow from names and shapes. What only training needs
+        # is left out. The latent statistics are a file of their own: zero here.
         state = {k: v for k, v in state.items()
                  if not k.startswith(("loss.", "foundation_model.", "linear_proj."))}
         blocks = sorted(k for k in state
@@ -89,9 +88,9 @@ class VAE(LatentSpace):
 
     def features(self, x):
         """Mean and log-variance of z, as tokens (B, N, 2d)."""
-        if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
-            raise ValueError(f"image sides must be divisible by {self.factor}, "
-                             f"not {x.shape[-2]}x{x.shape[-1]}")
+        H, W = x.shape[-2:]
+        if H % self.factor or W % self.factor:
+            raise ValueError(f"image sides must be divisible by {self.factor}, not {H}x{W}")
         return self.quant_conv(self.encoder(x)).flatten(2).transpose(1, 2)
 
     def adapt(self, moments, h, w):
@@ -99,8 +98,7 @@ class VAE(LatentSpace):
         return moments[..., :self.d].transpose(1, 2).reshape(-1, self.d, h, w)
 
     def decode(self, z):
-        """z0 (B, d, h, w), not normalised -> images (B, 3, H, W), in [-1, 1] but for a little
-        overshoot."""
+        """z0 (B, d, h, w), not normalised -> images (B, 3, H, W), about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x, noise):
@@ -141,9 +139,9 @@ def vf_loss(z_proj, tokens, m_cos=0.5, m_dist=0.25):
 
 
 def objective(s, args, x, noise):
-    """The reconstruction and the terms beside L_rec; what it takes and returns stands at
-    train_tokenizer.py's aligntok_objective. s.reference: the frozen foundation encoder of VA-VAE,
-    None for a plain VAE. noise: (B, d, h, w), standard normal."""
+    """The reconstruction and the terms beside L_rec, as train_tokenizer.aligntok_objective returns
+    them. s.reference: the frozen foundation encoder of VA-VAE, None for a plain VAE. noise:
+    (B, d, h, w), standard normal."""
     recon, moments, z_proj = s.ddp_tokenizer(x, noise)
     # 1e-6 goes with a reconstruction loss summed over the 3HW values of an image; ours is a mean
     terms = {"kl": (args.w_kl / x[0].numel(), kl_divergence(moments))}

@@ -2,10 +2,9 @@
 
     python bench.py --rows encoder decoder
 
-The sides of a row take turns (a round is ours, peer, peer, ours), so that the machine's moods hit
-them alike; each turn runs the work twice and times the second. Ratios are of medians, the other's
-time over ours. Ours runs in --dtype auto, and where that is bf16 in fp32 too; the peers, where they
-can be imported, as they come: fp32.
+The sides of a row take turns (a round is ours, peer, peer, ours): the machine's moods hit them
+alike. A turn runs the work twice and times the second. Ratios are the other's median time over
+ours. Ours runs in --dtype auto and in fp32; the peers that can be imported in fp32, as they come.
 """
 import argparse
 import importlib.util
@@ -22,14 +21,7 @@ import torchvision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import (
-    Compose,
-    Normalize,
-    RandomCrop,
-    RandomHorizontalFlip,
-    Resize,
-    ToTensor,
-)
+from torchvision import transforms as T
 
 import data
 import fid
@@ -52,7 +44,7 @@ def peer(name):
 
 
 def step(net, f, dtype=FP32, backward=True, optimise=False):
-    """The work: f() with the weights of net, the way back into them, and AdamW."""
+    """The work: f(), the way back into the weights of net, and AdamW."""
     trained = [p for p in net.train().parameters() if p.requires_grad]
     opt = optimise and torch.optim.AdamW(trained, 1e-4, fused=True)
 
@@ -77,8 +69,7 @@ def encoder(folder, backward=True):
         vit = timm.create_model("vit_base_patch14_dinov2", dynamic_img_size=True)
         yield "timm", step(vit, lambda: vit.forward_features(x), FP32, backward)
     if transformers := peer("transformers"):
-        config = transformers.Dinov2Config(image_size=518, patch_size=14)
-        net = transformers.Dinov2Model(config)
+        net = transformers.Dinov2Model(transformers.Dinov2Config(image_size=518, patch_size=14))
         yield "transformers", step(net, lambda: net(x).last_hidden_state, FP32, backward)
 
 
@@ -101,7 +92,7 @@ def dit(folder):
     yield "ours", step(ours, lambda: loss(ours)[0], AUTO, optimise=True)
     yield "ours fp32", step(ours, lambda: loss(ours)[0], optimise=True)
     if diffusers := peer("diffusers"):
-        # its MLP is plain, and each of its blocks embeds t and y: other GFLOPs
+        # other GFLOPs: its MLP is plain, and each block embeds t and y
         net = diffusers.DiTTransformer2DModel(12, 64, in_channels=32, sample_size=16,
                                               num_layers=12, patch_size=1)
         velocity = lambda z, t, y: net(z, t, class_labels=y).sample
@@ -109,17 +100,15 @@ def dit(folder):
 
 
 def stage2(folder):
-    """A step with all losses; against its parts one by one in fp32, which are our own modules."""
+    """A step with all losses; against its parts (our own modules) one by one, in fp32."""
     vgg, heads = f"{folder}/vgg.pth", f"{folder}/heads.pth"
-    state = torchvision.models.vgg16(init_weights=False).state_dict()
-    torch.save(state, vgg)
-    widths = enumerate((64, 128, 256, 512, 512))
-    torch.save({f"lin{i}.model.1.weight": torch.ones(1, c, 1, 1) for i, c in widths}, heads)
+    torch.save(torchvision.models.vgg16(init_weights=False).state_dict(), vgg)
+    torch.save({f"lin{i}.model.1.weight": torch.ones(1, c, 1, 1)
+                for i, c in enumerate((64, 128, 256, 512, 512))}, heads)
     lpips, critic = files.load_lpips(vgg, heads)[0], losses.PatchGAN()
     model, ema, frozen = (Tokenizer(ENCODERS["vitb14"], DECODERS["vavae"]).train()
                           for _ in range(3))
     torch.nn.ModuleList([ema, frozen]).requires_grad_(False)
-    model.encoder.mask_token.requires_grad_(False)
     trained = [p for m in (model, critic) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.Adam(trained, 1e-4, fused=True)
     args = train_tokenizer.parse(["--accum", "1"])
@@ -148,8 +137,8 @@ def stage2(folder):
 
 
 def sampling(folder):
-    """50 Euler steps of one latent, guided in the paper's interval; beside it guided throughout,
-    with an autocast at each step."""
+    """50 Euler steps of one latent, guided in the paper's interval; against a plain loop: guided
+    throughout, an autocast at each step."""
     model, paper = LightningDiT(**DITS["B/1"]).eval(), sample.PRESETS["paper"]
     z, y = torch.randn(1, 32, 16, 16), torch.tensor([0, model.num_classes])
     times = sample.time_grid(50, paper["shift"])
@@ -169,9 +158,8 @@ def sampling(folder):
 def pictures(folder, n, h, w, suffix, write):
     os.makedirs(folder)
     for i in range(n):
-        small = torch.randn(1, 3, h // 4, w // 4)
-        x = 128 + 50 * F.interpolate(small, (h, w), mode="bicubic")[0]
-        write(x.clamp(0, 255).byte(), f"{folder}/{i}{suffix}")
+        x = F.interpolate(torch.randn(1, 3, h // 4, w // 4), (h, w), mode="bicubic")[0]
+        write((128 + 50 * x).clamp(0, 255).byte(), f"{folder}/{i}{suffix}")
 
 
 def folders(folder):
@@ -191,7 +179,7 @@ def folders(folder):
         inception = peer("pytorch_fid.inception")
         inception.load_state_dict_from_url = lambda *_, **__: torch.load(file)
         yield "pytorch_fid", lambda: score.calculate_fid_given_paths([a, b], 50, CPU, 2048, 0)
-        if clean := peer("cleanfid.fid"):  # its own network is a download; it gets pytorch-fid's
+        if clean := peer("cleanfid.fid"):  # with pytorch-fid's network; its own is a download
             net = inception.InceptionV3(resize_input=False).eval()
             yield "clean-fid", lambda: clean.compute_fid(
                 a, b, num_workers=0, batch_size=50, device=CPU, verbose=False,
@@ -210,12 +198,12 @@ def frechet(folder):
 
 def loading(folder):
     """64 JPEGs of 500 x 375 px as batches of 32 training crops of 256 px, one process."""
-    write = partial(torchvision.io.write_jpeg, quality=90)
-    pictures(f"{folder}/class", 64, 375, 500, ".jpg", write)
+    pictures(f"{folder}/class", 64, 375, 500, ".jpg",
+             partial(torchvision.io.write_jpeg, quality=90))
     crops = data.Crops(data.ImageFolder(folder), 256, (0, "augment"))
     yield "ours", lambda: list(data.batches(crops, data.in_order(64, 32), 0, CPU))
-    chain = Compose([Resize(256), RandomCrop(256), RandomHorizontalFlip(), ToTensor(),
-                     Normalize([0.5] * 3, [0.5] * 3)])
+    chain = T.Compose([T.Resize(256), T.RandomCrop(256), T.RandomHorizontalFlip(), T.ToTensor(),
+                       T.Normalize([0.5] * 3, [0.5] * 3)])
     images = torchvision.datasets.ImageFolder(folder, chain)
     yield "torchvision", partial(list, DataLoader(images, 32, shuffle=True))
 
@@ -229,7 +217,7 @@ def measure(row):
     with tempfile.TemporaryDirectory() as folder:
         sides, gflop, times = dict(ROWS[row](folder)), {}, defaultdict(list)
         for side, work in sides.items():  # to warm up
-            # the counter knows the operations of this kind of attention only
+            # the counter knows this kind of attention only
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 work()
             gflop[side] = counter.get_total_flops() / 1e9
@@ -246,8 +234,8 @@ def measure(row):
 
 
 if __name__ == "__main__":
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     p.add_argument("--rounds", type=int, default=3, choices=range(1, 21), metavar="N",
                    help="default: %(default)s")

@@ -1,10 +1,9 @@
-"""Images: from files to pixels, the one preprocessing, folders and labels, the order in which
-images are seen, loaders.
+"""Images: files, preprocessing, folders and labels, order, loaders.
 
     files -> uint8 pixels (3, H, W) -> float in [-1, 1] on the device
 
-All randomness is a function of (seed, purpose, stage, epoch, image), never of how often a generator
-was asked: neither a resume nor the number of workers or ranks changes what a step sees.
+All randomness is a function of (seed, purpose, stage, epoch, image): neither a resume nor the
+number of workers or ranks changes what a step sees.
 """
 import contextlib
 import hashlib
@@ -17,21 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from files import UserError, reading, write_atomically
+from files import UserError, gather, ranges, reading, write_atomically
 
 
 def rng(*key):
-    """A generator that is a function of its key alone, such as (seed, "augment", stage, epoch,
-    image)."""
-    numbers = [k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key]
-    return np.random.default_rng(numbers)
+    """A generator for a key such as (seed, "augment", stage, epoch, image)."""
+    return np.random.default_rng([k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key])
 
 
 # ------------------------------------------------------------------------------------ image files
@@ -58,11 +54,10 @@ def check_png(path):
 def open_image(path):
     """An image file as PIL opens it, before its pixels are read.
 
-    Raises UserError, naming the file, where it is damaged (inside the `with` too), has more than 89
-    megapixels (PIL's limit), or is more than 100 times as long as wide."""
+    UserError where it is damaged (inside the `with` too), has more than 89 megapixels (PIL's
+    limit), or is more than 100 times as long as wide."""
     with reading(path, "image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # before the pixels take memory
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=IMAGE_FORMATS) as img:
             if max(img.size) > MAX_ASPECT * min(img.size):
@@ -77,15 +72,15 @@ def open_image(path):
 
 
 def load_image(path):
-    """Any image file -> PIL RGB: EXIF orientation applied, transparency on white, 16-bit grey
-    scaled to 8 bits, the first frame of several. Errors: see open_image."""
+    """Image file -> PIL RGB: EXIF orientation applied, transparency on white, 16-bit grey scaled to
+    8 bits, the first frame of several. Errors: see open_image."""
     with open_image(path) as img:
         return to_rgb(img)
 
 
 def load_pixels(path):
-    """The same as uint8 (3, H, W). Most JPEG files are decoded by torchvision's libjpeg: the same
-    values as PIL's in half of the time."""
+    """The same as uint8 (3, H, W). Plain JPEG files are decoded by torchvision's libjpeg: PIL's
+    values in half of the time."""
     with open_image(path) as img:
         plain = img.mode in ("RGB", "L") and not {"exif", "xmp"} & img.info.keys()
         if img.format != "JPEG" or not plain:
@@ -96,11 +91,10 @@ def load_pixels(path):
 
 
 def to_rgb(img):
-    """An image that PIL has opened -> PIL RGB."""
     img.load()
     with contextlib.suppress(Exception):  # damaged EXIF tells no orientation
         ImageOps.exif_transpose(img, in_place=True)
-    if img.mode.startswith("I") or img.mode == "F":  # 16 bits in all files that are seen in practice
+    if img.mode.startswith("I") or img.mode == "F":  # 16 bits in practice
         grey = (np.asarray(img, np.float32) / 257).clip(0, 255)
         img = Image.fromarray(grey.astype(np.uint8))
     if img.has_transparency_data:
@@ -112,8 +106,8 @@ def to_rgb(img):
 # ------------------------------------------------------------------------------ the preprocessing
 
 def center_crop(img, size):
-    """ADM's centre crop, for evaluation and for latents: halved by a box filter while at least
-    twice too large, resized (bicubic) to the short side `size`, cropped. PIL RGB -> PIL RGB."""
+    """ADM's centre crop, for evaluation and latents: halved by a box filter while twice too large,
+    resized (bicubic) to the short side `size`, cropped. PIL RGB -> PIL RGB."""
     while min(img.size) >= 2 * size:
         img = img.resize((img.width // 2, img.height // 2), Image.BOX)
     scale = size / min(img.size)
@@ -123,11 +117,10 @@ def center_crop(img, size):
 
 
 def random_crop(pixels, size, r):
-    """For tokenizer training: a random square of the short side, resized to `size`, and flipped
-    half of the time. uint8 (3, H, W) -> uint8 (3, size, size).
+    """For tokenizer training: a random square of the short side, resized to `size`, flipped half of
+    the time. uint8 (3, H, W) -> uint8 (3, size, size).
 
-    Cropped first, so that nothing is resized in vain, and by torch's bicubic filter, which is
-    several times as fast as PIL's."""
+    torch's bicubic filter is several times as fast as PIL's."""
     H, W = pixels.shape[1:]
     side = min(H, W)
     left, top = r.integers(W - side + 1), r.integers(H - side + 1)
@@ -147,14 +140,13 @@ def to_tensor(pixels):
 
 
 def to_uint8(images):
-    """Float (B, 3, H, W) in [-1, 1] -> uint8 numpy (B, H, W, 3), rounded and clipped, as a PNG
-    holds it."""
+    """Float (B, 3, H, W) in [-1, 1] -> uint8 numpy (B, H, W, 3), rounded and clipped."""
     levels = ((images.float() + 1) * 127.5).round().clamp(0, 255)
     return levels.byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_grid(rows, path):
-    """Writes a PNG of several rows of images, each (n, 3, H, W) in [-1, 1]."""
+    """Writes rows of images, each (n, 3, H, W) in [-1, 1], as one PNG."""
     rows = [np.concatenate(list(to_uint8(row)), axis=1) for row in rows]
     picture = Image.fromarray(np.concatenate(rows))
     write_atomically(path, lambda f: picture.save(f, "PNG"))
@@ -165,10 +157,9 @@ def save_grid(rows, path):
 def list_images(root):
     """All image files below a folder, sorted by name."""
     if not Path(root).is_dir():
-        raise UserError(f"data folder not found: {root} (--data DIR: images in one folder per "
-                        "class, or flat)")
+        raise UserError(f"data folder not found: {root} (--data DIR: a folder per class, or flat)")
 
-    def refuse(error):  # os.walk would leave such a folder out
+    def refuse(error):  # os.walk would skip the folder
         raise UserError(f"cannot list the data folder {error.filename}: {error.strerror}")
 
     files = []
@@ -184,8 +175,8 @@ def list_images(root):
 
 
 class ImageFolder:
-    """The image files below a folder. With one folder per class it has labels and classes, in
-    sorted order; flat: labels None. identity: a short hash of the list of files."""
+    """The image files below a folder. labels: numbers of the classes (sorted folder names), or None
+    where it is flat. identity: a short hash of the list of files."""
 
     def __init__(self, root, files=None):
         self.root, self.files = str(root), files or list_images(root)
@@ -208,11 +199,11 @@ class ImageFolder:
 
 
 def open_folders(data, val, val_images):
-    """(training images, held-out images). Held out is the folder `val` if given, else a folder `val`
+    """(training images, held-out images). Held out: the folder `val` if given, else a folder `val`
     beside a folder `train`, else a fixed random 5 % of the files, at most val_images."""
     root = Path(data)
-    if val is None and root.name == "train" and (root.parent / "val").is_dir():
-        val = root.parent / "val"
+    if val is None and root.name == "train" and root.with_name("val").is_dir():
+        val = root.with_name("val")
     if val is not None:
         train, held_out = ImageFolder(root), ImageFolder(val)
         if held_out.classes and held_out.classes != train.classes:
@@ -220,13 +211,12 @@ def open_folders(data, val, val_images):
         return train, held_out
     files = list_images(root)
     if len(files) < 2:
-        raise UserError(f"{root} holds one image; at least two are needed, one of them to validate "
-                        "on")
+        raise UserError(f"{root} holds one image; at least two are needed, one to validate on")
     order = rng("held out").permutation(len(files))
     n = min(val_images, max(1, len(files) // 20))
     train, held_out = (ImageFolder(root, [files[i] for i in sorted(part)])
                        for part in (order[n:], order[:n]))
-    if train.classes != held_out.classes:  # too few images for every class to be in both: no probe
+    if train.classes != held_out.classes:  # too few images: no probe
         held_out.labels = None
     return train, held_out
 
@@ -235,10 +225,10 @@ def open_folders(data, val, val_images):
 
 class Crops(Dataset):
     """What a loader reads: item (epoch, i) is image i as uint8 (3, size, size), randomly cropped
-    where there is a key for the randomness, else centre-cropped; its label, or 0; and standard
-    normal noise for a VAE, if `noise` is its shape.
+    if there is a key, else centre-cropped; its label, or 0; and standard normal noise of shape
+    `noise`, for a VAE.
 
-    An unreadable image is returned as the text of its error: a worker cannot raise it as such."""
+    An unreadable image gives the text of its error: a worker cannot raise a UserError."""
 
     def __init__(self, data, size, key=None, noise=None):
         self.data, self.size, self.key, self.noise = data, size, key, noise
@@ -249,8 +239,7 @@ class Crops(Dataset):
             if self.key is None:
                 pixels = to_pixels(center_crop(self.data.image(i), self.size))
             else:
-                r = rng(*self.key, epoch, i)
-                pixels = random_crop(self.data.pixels(i), self.size, r)
+                pixels = random_crop(self.data.pixels(i), self.size, rng(*self.key, epoch, i))
         except UserError as e:
             return str(e)
         item = pixels, self.data.labels[i] if self.data.labels else 0
@@ -261,9 +250,9 @@ class Crops(Dataset):
 
 
 class ShuffledBatches:
-    """The endless order of images, as batches of (epoch, image) for one rank; each epoch has its
-    own shuffle. A global batch is `accum` micro-batches in a row, each split over the ranks: its
-    images are the same for any number of ranks."""
+    """The endless order of images, shuffled anew in each epoch, as one rank's batches of (epoch,
+    image). A global batch is `accum` micro-batches in a row, each split over the ranks: its images
+    are the same for any number of ranks."""
 
     def __init__(self, n, batch_size, key, first_step=0, accum=1, rank=0, world=1):
         self.n, self.key, self.start = n, key, first_step * batch_size
@@ -288,14 +277,13 @@ class ShuffledBatches:
 
 
 def in_order(n, batch_size):
-    """Batches of the images 0..n-1, once, for evaluation."""
-    return [[(0, i) for i in range(first, min(first + batch_size, n))]
-            for first in range(0, n, batch_size)]
+    """Batches of the images 0..n-1, for evaluation."""
+    return [[(0, i) for i in batch] for batch in ranges(n, batch_size)]
 
 
 def at_random(n, batch_size, total):
-    """Batches of a fixed random choice of n (or all) of `total` images, in order, for evaluation:
-    the files are sorted by class, so the first n would be of the first classes."""
+    """Batches of a fixed random choice of n of `total` images, in order, for evaluation. (The first
+    n would be of the first classes.)"""
     chosen = sorted(rng("encode").permutation(total)[:n].tolist())
     return [[(0, chosen[i]) for _, i in batch] for batch in in_order(len(chosen), batch_size)]
 
@@ -306,31 +294,30 @@ def collate(items):
 
 
 def keep_loading(_):
-    """In a loader's worker. A signal to the whole process group is for the main process to obey; it
-    needs its workers until the step is done, and they end with it."""
+    """In a loader's worker: ignores signals to the whole process group. The main process obeys
+    them, and needs its workers until the step is done."""
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, signal.SIG_IGN)
 
 
 def batches(dataset, order, workers, device):
-    """Yields batches of a dataset's items, such as (images, labels), on the device. An unreadable
-    image is a UserError, by name, before its batch."""
+    """Yields batches, such as (images, labels), on the device. An unreadable image is a UserError
+    before its batch."""
     loader = DataLoader(
         dataset, batch_sampler=order, num_workers=workers, collate_fn=collate,
         worker_init_fn=keep_loading, pin_memory=device.type == "cuda",
-        generator=torch.Generator())  # else the loader would draw from torch's global one
+        generator=torch.Generator())  # else it would draw from torch's global one
     for batch in loader:
         if isinstance(batch, str):
             raise UserError(batch)
         batch = [part.to(device, non_blocking=True) for part in batch]
         if isinstance(dataset, Crops):
-            batch[0] = to_tensor(batch[0])  # here, because uint8 is a quarter of the bytes
+            batch[0] = to_tensor(batch[0])  # only here: uint8 is a quarter of the bytes
         yield batch
 
 
 def check_images(sets, size, workers, rank=0, world=1):
-    """--check-data: decodes every image, by all ranks and workers. Raises UserError that names the
-    unreadable ones."""
+    """--check-data: decodes every image, by all ranks. UserError: the unreadable ones."""
     bad = []
     for data in sets:
         order = in_order(len(data), 32)[rank::world]
@@ -338,9 +325,6 @@ def check_images(sets, size, workers, rank=0, world=1):
                             collate_fn=list)
         for items in tqdm(loader, "checking images", disable=rank != 0, mininterval=1):
             bad += [item for item in items if isinstance(item, str)]
-    if dist.is_initialized():
-        parts = [None] * world
-        dist.all_gather_object(parts, bad)
-        bad = [text for part in parts for text in part]
+    bad = [text for part in gather(bad) for text in part]
     if bad:
         raise UserError(f"{len(bad)} unreadable images: {'; '.join(bad[:20])}")

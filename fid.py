@@ -8,14 +8,13 @@ Of a tokenizer: rFID, PSNR, SSIM, LPIPS, and the linear probe of its latents (Fi
     Toy figure:  python fid.py shapes SAMPLES --features dinov2 --encoder runs/tokenizer/encoder.pt
     Eight GPUs:  torchrun --nproc_per_node 8 fid.py ...
 
-REF and SAMPLES: a folder of images (all levels); an npz with arr_0 (N, H, W, 3) uint8; an npz of
-statistics (mu, sigma; for sFID mu_s, sigma_s); an npz of both, as ADM's reference batches (from
-it statistics for FID and sFID, images for the rest); or `shapes`, the built-in training images.
+REF and SAMPLES: a folder of images (all levels); an npz of images (arr_0: uint8 (N, H, W, 3)), of
+statistics (mu, sigma; sFID's mu_s, sigma_s), or of both, as ADM's reference batches (statistics
+for FID and sFID, images for the rest); or `shapes`, the built-in training images.
 
-The defaults are those of ADM's evaluator (Dhariwal and Nichol 2021): its resize rule, IS in chunks
-of 5000, k = 3. Departures: precision and recall are computed in fp64 (ADM's fp16 moves them by .003
-to .004); the Frechet distance takes eigenvalues of symmetric matrices, not scipy's sqrtm. All
-networks run in fp32.
+Defaults as in ADM's evaluator (Dhariwal and Nichol 2021): its resize rule, IS in chunks of 5000,
+k = 3. Departures: precision and recall in fp64 (ADM's fp16 moves them by .003 to .004); Frechet
+distance by eigenvalues of symmetric matrices, not scipy's sqrtm. Networks run in fp32.
 
 Legend: B batch, N n images, D features, H W image sides, K classes, d latent channels.
 """
@@ -37,7 +36,6 @@ import torchvision.models.inception as tv
 from PIL import Image
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from baselines import VAE
@@ -85,8 +83,7 @@ class InceptionA(tv.InceptionA):  # Mixed_5b to 5d
     def forward(self, x):
         y = self.branch5x5_2(self.branch5x5_1(x))
         z = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        pool = self.branch_pool(average_pool(x))
-        return torch.cat([self.branch1x1(x), y, z, pool], dim=1)
+        return torch.cat([self.branch1x1(x), y, z, self.branch_pool(average_pool(x))], dim=1)
 
 
 class InceptionC(tv.InceptionC):  # Mixed_6b to 6e
@@ -94,8 +91,8 @@ class InceptionC(tv.InceptionC):  # Mixed_6b to 6e
         y = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         z = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         z = self.branch7x7dbl_5(self.branch7x7dbl_4(z))
-        pool = self.branch_pool(average_pool(x))
-        return torch.cat([self.branch1x1(x), y, z, pool], dim=1)  # (B, 768, 17, 17)
+        # (B, 768, 17, 17)
+        return torch.cat([self.branch1x1(x), y, z, self.branch_pool(average_pool(x))], dim=1)
 
 
 class InceptionE(tv.InceptionE):  # Mixed_7b, 7c
@@ -112,14 +109,13 @@ class InceptionE(tv.InceptionE):  # Mixed_7b, 7c
 
 class Inception(tv.Inception3):
     """Inception v3 as FID uses it (pt_inception-2015-12-05): 1008 classes, TensorFlow's pools, no
-    auxiliary head. 23,850,960 parameters; the keys are torchvision's and the official file's."""
+    auxiliary head. 23,850,960 parameters; keys as torchvision's and the official file's."""
 
     def __init__(self):
         blocks = [tv.BasicConv2d, InceptionA, tv.InceptionB, InceptionC,
                   tv.InceptionD, InceptionE, tv.InceptionAux]
-        super().__init__(num_classes=1008, aux_logits=False, inception_blocks=blocks,
-                         init_weights=False)
-        # a mistake in the graph of 2015, since then part of FID
+        super().__init__(1008, aux_logits=False, inception_blocks=blocks, init_weights=False)
+        # a mistake in the graph of 2015, now part of FID
         self.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, 1, 1)
         self.dims = {"pool": 2048, "spatial": 2023, "logits": 1008}
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -137,8 +133,7 @@ class Inception(tv.Inception3):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))
         x = self.maxpool2(x)  # (B, 192, 35, 35)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
-        x = self.Mixed_6a(x)  # (B, 768, 17, 17)
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x)))
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))  # (B, 768, 17, 17)
         # row, column, channel, as in TensorFlow
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17*17*7)
         x = self.Mixed_7a(self.Mixed_6e(x))  # (B, 1280, 8, 8)
@@ -170,7 +165,7 @@ def load_inception(file=None):
     digest = sha256(path)
     if digest != INCEPTION_SHA256:
         print_0(f"NOTE: {path} is not the official FID Inception (sha256 {digest[:8]}): its "
-                "figures compare only with figures of the same file")
+                "figures compare only with one another")
     # BatchNorm would take a seventh of the time
     for layer in inception.modules():
         if isinstance(layer, tv.BasicConv2d):
@@ -188,8 +183,8 @@ def resize_pil(images, side):
 
 
 class DINOv2Features(nn.Module):
-    """FD-DINOv2's (Stein et al. 2023, dgm-eval): cls after the final norm, of the image at 224 px;
-    for an encoder whose own grid is smaller than 16 x 16, at that grid's size."""
+    """FD-DINOv2's (Stein et al. 2023, dgm-eval): cls after the final norm, of the image at 224 px,
+    or at the size of the encoder's own grid where that is below 16 x 16."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -205,8 +200,8 @@ class DINOv2Features(nn.Module):
 
 
 def load_dinov2(spec):
-    """(DINOv2Features, sha256). spec: an official name, a DINOv2 file, or a tokenizer's checkpoint,
-    for its encoder. Errors: UserError."""
+    """(DINOv2Features, sha256). spec: an official name, a DINOv2 file, or a checkpoint of the
+    tokenizer that holds it. Errors: UserError."""
     file = Path(spec).is_file()
     if file and "tokenizer" in (content := load_file(spec, "encoder")):
         encoder = load_tokenizer(spec, VAE, content=content).encoder
@@ -245,16 +240,15 @@ def load_network(args, device):
 # ---------------------------------------------------------------------------- a set against another
 
 class FeatureStatistics:
-    """Mean mu (D,) and covariance sigma (D, D) of n images' features, accumulated batch by batch in
-    fp64, in memory that does not grow with n.
+    """Mean mu (D,) and covariance sigma (D, D) of n images' features, summed by batches in fp64,
+    in memory that does not grow with n.
 
-    rows: with `keep`, and where n <= D (see frechet), the features themselves (n, D)."""
+    rows: with `keep`, or if n <= D (see frechet), the features (n, D)."""
 
     def __init__(self, n, dims, device="cpu", keep=False):
         self.n, self.count = n, 0
         self.mu = torch.zeros(dims, dtype=torch.float64, device=device)
-        # times n - 1, until finish
-        self.sigma = torch.zeros(dims, dims, dtype=torch.float64, device=device)
+        self.sigma = self.mu.new_zeros(dims, dims)  # times n - 1, until finish
         self.rows = torch.zeros(n, dims) if keep or n <= dims else None
 
     def add(self, x, index):
@@ -299,19 +293,16 @@ class FeatureStatistics:
             value = images.statistics[name + suffix]
             finite = value.dtype.kind == "f" and np.isfinite(value).all()
             if value.shape != shape or not finite:
-                raise UserError(f"{images.path}: {name + suffix} has shape {value.shape}, these "
-                                f"features need {shape} and finite numbers: another network's?")
-            value = torch.from_numpy(value.astype(np.float64))
-            setattr(statistics, name, value.to(device))
+                raise UserError(f"{images.path}: {name + suffix} is {value.shape}, these features "
+                                f"need {shape} and finite numbers: another network's?")
+            setattr(statistics, name, torch.from_numpy(value.astype(np.float64)).to(device))
         # others' files hold neither: they are believed
         for key, now in (("resize", network.resize), ("weights", network.weights)):
             then = str(images.statistics.get(key, now))
             if then != now:
-                raise UserError(f"{images.path} was saved with {key} {then[:12]}, now it is "
-                                f"{now[:12]}")
+                raise UserError(f"{images.path} was saved with {key} {then[:12]}, not {now[:12]}")
         n = images.statistics.get("n")  # only our files hold it
-        statistics.n = None if n is None else int(n)
-        statistics.rows = None
+        statistics.n, statistics.rows = n and int(n), None
         return statistics
 
 
@@ -320,8 +311,8 @@ def frechet(a, b):
     """Of two FeatureStatistics, in fp64, >= 0. UserError where it is not finite.
 
     With S1 = A'A the eigenvalues of S1 S2 are those of the symmetric A S2 A'. Of n <= D images A is
-    the centred features: n eigenvalues. As a D x D problem it has D - n more, which are zero up to
-    rounding, and the sum of their roots is not small."""
+    the centred features: n eigenvalues. A D x D problem has D - n more: they are zero up to
+    rounding, but the sum of their roots is not small."""
     # a gives A: the smaller of the sets with rows
     if a.rows is None or b.rows is not None and len(b.rows) < len(a.rows):
         a, b = b, a
@@ -340,18 +331,15 @@ def frechet(a, b):
 
 # exp(E KL(p(y|x) || p(y)))
 def inception_score(logits, splits=None, seed=2020):
-    """IS of logits (N, K): mean and standard deviation over parts of the set. They are ADM's, 5000
-    images in file order; or torch-fidelity's, `splits` parts after a shuffle."""
-    n = len(logits)
+    """IS of logits (N, K): mean and standard deviation over parts of the set: ADM's, 5000 images
+    in file order, or torch-fidelity's, `splits` parts after a shuffle."""
+    parts, n, scores = logits.split(5000), len(logits), []
     if splits:
-        logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(n))]
-        bounds = [(i * n // splits, (i + 1) * n // splits) for i in range(splits)]
-    else:
-        bounds = [(i, min(i + 5000, n)) for i in range(0, n, 5000)]
-    scores = []
-    for first, end in bounds:
-        log_p = logits[first:end].double().log_softmax(1)  # (n, K)
-        log_marginal = log_p.logsumexp(0) - np.log(end - first)  # (K,)
+        shuffled = logits[torch.from_numpy(np.random.RandomState(seed).permutation(n))]
+        parts = shuffled.tensor_split([i * n // splits for i in range(1, splits)])
+    for part in parts:
+        log_p = part.double().log_softmax(1)  # (n, K)
+        log_marginal = log_p.logsumexp(0) - np.log(len(part))  # (K,)
         kl = (log_p.exp() * (log_p - log_marginal)).sum(1)  # (n,)
         scores.append(kl.mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
@@ -420,8 +408,7 @@ def ssim(x, y):
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs sides of at least 11, not {x.shape[-2]}x{x.shape[-1]}")
     x, y = (x.double() + 1) / 2, (y.double() + 1) / 2  # of range 1
-    window = [math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)]
-    window = torch.tensor(window, dtype=x.dtype, device=x.device)
+    window = x.new_tensor([math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)])
     window = window / window.sum()
 
     def blur(t):
@@ -447,34 +434,30 @@ class Encoded(NamedTuple):
 
 @torch.no_grad()
 def encode_images(tokenizer, data, size, n, workers, device, batch_size=64):
-    """Encodes the centre crops of n images, a fixed random choice of the data's. Returns Encoded,
-    on the CPU."""
+    """The Encoded, on the CPU, of the centre crops of n images: a fixed random choice."""
     order = at_random(n, batch_size, len(data))
     latents, tokens, labels, moments = [], [], [], 0
     for x, y in batches(Crops(data, size), order, workers, device):
         t = tokenizer.features(x)  # (B, N, D), N tokens
         h, w = (side // tokenizer.factor for side in x.shape[-2:])
         z = tokenizer.adapt(t, h, w).double()  # (B, d, h, w)
-        # number, sum and sum of squares
-        powers = torch.stack([torch.ones_like(z), z, z.square()])
-        moments = moments + powers.sum((1, 3, 4))  # (3, d)
+        # number, sum and sum of squares: (3, d)
+        moments = moments + torch.stack([torch.ones_like(z), z, z.square()]).sum((1, 3, 4))
         latents.append(z.float().mean((2, 3)).cpu())
         tokens.append(t.float().mean(1).cpu())
         labels.append(y.cpu())
     number, total, squares = moments.cpu()
     mean = total / number
     std = (squares / number - mean.square()).clamp_min(0).sqrt()
-    return Encoded(torch.cat(latents), torch.cat(tokens), torch.cat(labels),
-                   mean.float(), std.float())
+    return Encoded(*map(torch.cat, (latents, tokens, labels)), mean.float(), std.float())
 
 
 def linear_probe(train_x, train_y, val_x, val_y):
-    """Top-1 accuracy in per cent of a linear classifier on features (n, D) with labels (n,),
-    trained on the train part.
+    """Top-1 accuracy in per cent of a linear classifier on features (n, D) with labels (n,).
 
     The protocol (a choice; the paper states none): features averaged over the tokens, BatchNorm
-    without affine (the train set's mean and variance), one linear layer, softmax regression to
-    convergence by L-BFGS from zero, weight decay 1e-4. No randomness."""
+    without affine (the train set's mean and variance), softmax regression to convergence by L-BFGS
+    from zero, weight decay 1e-4. No randomness."""
     mean, std = train_x.mean(0), train_x.std(0, correction=0) + 1e-5
     train_x, val_x = (train_x - mean) / std, (val_x - mean) / std
     linear = nn.Linear(train_x.shape[1], int(train_y.max()) + 1)
@@ -506,8 +489,7 @@ def read_header(f, size):
     """(shape, dtype) by the header of an .npy file of `size` bytes, open at its start. ValueError
     for a shape that the file cannot hold, Fortran's order, pickled objects."""
     major, _ = np.lib.format.read_magic(f)
-    read = getattr(np.lib.format, f"read_array_header_{major}_0")
-    shape, fortran, dtype = read(f)
+    shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(f)
     end = f.tell() + math.prod(shape) * dtype.itemsize
     if fortran or dtype.hasobject or min(shape, default=1) < 0 or end != size:
         raise ValueError(f"an array of {dtype} {shape} in {size} bytes")
@@ -524,9 +506,9 @@ def read_array(npz, name):
     return np.frombuffer(data, dtype, offset=f.tell()).reshape(shape)
 
 
-class ImageSet(Dataset):
-    """REF, SAMPLES or DATA: n images, or statistics, or both. Errors: UserError. size: of centre
-    crops (None: the images as they are, all of one size). split: of `shapes`."""
+class ImageSet:
+    """REF, SAMPLES or DATA: n images, statistics, or both. Errors: UserError. size: of centre crops
+    (None: none, and all images have one size). split: of `shapes`."""
 
     def __init__(self, path, size=None, split="train"):
         self.path, self.size, self.side = str(path), size, (size, size)
@@ -591,26 +573,25 @@ class ImageSet(Dataset):
             W, H = self.side
             return (f"images of different sizes: {self.data.files[0]} is {W}x{H}, "
                     f"{self.data.files[i]} is {img.width}x{img.height}; "
-                    "--size N centre-crops all of them to N")
+                    "--size N centre-crops all to N")
         return self._prepare(img), i
 
     def read(self, args, rank, world, device):
-        """Yields (images uint8 (B, 3, H, W), indices (B,)): every world-th batch, so that a batch
-        holds the same images for any number of ranks."""
+        """Yields (images uint8 (B, 3, H, W), indices (B,)): every world-th batch. A batch is the
+        same for any number of ranks."""
         order, error = in_order(self.n, args.batch_size), None
         if self.data is None:
             stream = self._read_npz(order, rank, world)
         else:
             stream = batches(self, order[rank::world], args.workers, device)
-        with tqdm(total=self.n, desc=self.path, unit="img",
-                  disable=rank > 0, mininterval=1) as bar:
+        with tqdm(total=self.n, desc=self.path, unit="img", disable=rank > 0, mininterval=1) as bar:
             try:
                 for images, indices in stream:
                     yield images.to(device), indices.cpu()
                     bar.update(min(len(images) * world, self.n - bar.n))
             except UserError as e:
                 error = str(e)
-        # one rank's error ends all: none waits for another for ever
+        # one rank's error ends all: else the others would wait for ever
         if dist.is_initialized():
             errors = [None] * world
             dist.all_gather_object(errors, error)
@@ -635,8 +616,7 @@ class ImageSet(Dataset):
 # ----------------------------------------------------------------------------------------- commands
 
 class Report:
-    """The figures, each with what it takes to trace it, as a table and as JSON. inputs: what was
-    compared."""
+    """The figures, each with its sources, as a table and as JSON. inputs: what was compared."""
 
     def __init__(self, **inputs):
         self.inputs, self.figures, self.warnings = inputs, [], []
@@ -647,15 +627,12 @@ class Report:
             "resize": resize, "weights": weights and weights[:8], "note": note})
 
     def warn_few(self, name, n):
+        text = ", not the protocol's 50,000: FID and sFID are higher, IS lower"
         if n and n < 2048:
-            self.warnings.append(
-                f"{name}: {n} images are too few. Below 2048 a Frechet distance and "
-                "IS are far off, and compare only with figures at the same N (KID "
-                "is unbiased)")
-        elif n and n < 10_000:
-            self.warnings.append(
-                f"{name}: {n} images, not the protocol's 50,000: FID and sFID are "
-                "higher, IS lower")
+            text = (" are too few. Below 2048 a Frechet distance and IS are far off, and compare "
+                    "only at the same N (KID is unbiased)")
+        if n and n < 10_000:
+            self.warnings.append(f"{name}: {n} images{text}")
 
     def write(self, path):
         print("\n" + "\n".join(f"{name}: {text}" for name, text in self.inputs.items()))
@@ -672,14 +649,12 @@ class Report:
         for text in self.warnings:
             print(f"WARNING: {text}")
         if path:
-            text = json.dumps(vars(self), indent=1)
-            write_atomically(path, lambda f: f.write(text.encode()))
+            write_atomically(path, lambda f: f.write(json.dumps(vars(self), indent=1).encode()))
 
 
 def evaluate(args, rank, world, device):
     """REF SAMPLES: every metric of generated images. With --save-stats REF may stand alone."""
-    sets = {name: ImageSet(path, args.size)
-            for name, path in zip(("REF", "SAMPLES"), args.paths)}
+    sets = {name: ImageSet(path, args.size) for name, path in zip(("REF", "SAMPLES"), args.paths)}
     report = Report(**{name: images.path for name, images in sets.items()})
     inception = args.features == "inception"
     offered = ["fid", "sfid", "is", "pr", "kid"] if inception else ["fid", "pr", "kid"]
@@ -693,21 +668,19 @@ def evaluate(args, rank, world, device):
     statistics, computed = {}, {}  # name -> layer -> FeatureStatistics
     for name, images in sets.items():
         saving = args.save_stats and name == "REF"
-        layers = [layer for metric, layer in (("fid", "pool"), ("sfid", "spatial"))
-                  if metric in (offered if saving else metrics)]
-        stored, keep = {}, {}  # keep: see extract
+        keep = {layer: False for metric, layer in (("fid", "pool"), ("sfid", "spatial"))
+                if metric in (offered if saving else metrics)}  # see extract
+        stored = {}
         if images.statistics and not saving:
             stored = {layer: FeatureStatistics.stored(images, layer, network, device)
-                      for layer in layers}
-        else:
-            keep = dict.fromkeys(layers, False)
+                      for layer in keep}
+            keep = {}
         if len(sets) == 2 and {"pr", "kid"} & set(metrics):
             keep["pool"] = True
         if name == "SAMPLES" and "is" in metrics:
             keep["logits"] = True
-        computed[name] = {}
-        if keep:
-            computed[name] = extract(images, network.net, keep, args, rank, world, device)
+        computed[name] = (extract(images, network.net, keep, args, rank, world, device)
+                          if keep else {})
         # the stored ones may be of more images, as in ADM's files
         statistics[name] = computed[name] | stored
     if rank != 0:
@@ -723,15 +696,14 @@ def evaluate(args, rank, world, device):
 def choose(given, offered):
     """The metrics of --metrics, or all that are offered."""
     chosen = given.split(",") if given else offered
-    unknown = [m for m in chosen if m not in offered]
-    if unknown:
+    if unknown := [m for m in chosen if m not in offered]:
         raise UserError(f"--metrics {','.join(unknown)}: here there are {','.join(offered)}")
-    return list(chosen)
+    return chosen
 
 
 def possible(metrics, name, images, args, report):
-    """The metrics that REF or SAMPLES allows: a file of statistics allows less than images do.
-    UserError where --metrics names more."""
+    """The metrics that REF or SAMPLES allows: statistics allow fewer than images. UserError where
+    --metrics names more."""
     lacks = set()
     if not images.n:
         lacks = {"is", "pr", "kid"} if name == "SAMPLES" else {"pr", "kid"}
@@ -745,8 +717,7 @@ def possible(metrics, name, images, args, report):
         report.warnings.append(f"{images.path} holds statistics only: no {', '.join(lacking)}")
     metrics = [m for m in metrics if m not in lacks]
     if "pr" in metrics and images.n < 4:  # k = 3 neighbours
-        raise UserError(f"{images.path}: precision and recall take at least 4 images, not "
-                        f"{images.n}")
+        raise UserError(f"{images.path}: precision and recall take at least 4 images")
     return metrics
 
 
@@ -764,10 +735,10 @@ def extract(images, net, keep, args, rank, world, device):
 
 def save_statistics(path, n, statistics, network):
     arrays = {"n": n, "resize": network.resize, "weights": network.weights}
-    for layer, suffix in (("pool", ""), ("spatial", "_s")):
-        if layer in statistics:
-            arrays["mu" + suffix] = statistics[layer].mu.cpu().numpy()
-            arrays["sigma" + suffix] = statistics[layer].sigma.cpu().numpy()
+    for layer, values in statistics.items():
+        suffix = "_s" if layer == "spatial" else ""
+        arrays["mu" + suffix] = values.mu.cpu().numpy()
+        arrays["sigma" + suffix] = values.sigma.cpu().numpy()
     write_atomically(path, lambda f: np.savez(f, **arrays))
     print(f"saved the statistics of {n} images in {path}")
 
@@ -775,8 +746,7 @@ def save_statistics(path, n, statistics, network):
 def add_figures(report, metrics, sets, statistics, computed, network, args, device):
     n_ref, n = sets["REF"].n, sets["SAMPLES"].n
     traced = network.resize, network.weights
-    for metric, layer, name in (("fid", "pool", network.distance),
-                                ("sfid", "spatial", "sFID")):
+    for metric, layer, name in (("fid", "pool", network.distance), ("sfid", "spatial", "sFID")):
         if metric in metrics:
             a, b = statistics["REF"][layer], statistics["SAMPLES"][layer]
             report.add(name, frechet(a, b), a.n, b.n, *traced)
@@ -792,26 +762,21 @@ def add_figures(report, metrics, sets, statistics, computed, network, args, devi
             report.add(name, value, n_ref, n, *traced, note="k = 3")
     if "kid" in metrics:
         mean, std, size = kid(ref, samples, seed=args.seed)
-        note = f"subsets of {size}"
-        if size < 1000:
-            note += ", for want of 1000 images"
+        note = f"subsets of {size}" + (", for want of 1000 images" if size < 1000 else "")
         report.add("KID", mean, n_ref, n, *traced, std, note)
 
 
 def add_warnings(report, sets, resize):
     ref, samples = sets.values()
     if ref.n and samples.n and ref.side != samples.side:
-        report.warnings.append(
-            "REF is {}x{} px, SAMPLES {}x{}".format(*ref.side, *samples.side))
+        report.warnings.append("REF is {}x{} px, SAMPLES {}x{}".format(*ref.side, *samples.side))
     for name, images in sets.items():
         stored = images.statistics
         report.warn_few(name, int(stored.get("n", 0)) if stored else images.n)
         # of others' files ADM's alone hold mu_s
-        unknown = stored and "resize" not in stored
-        if unknown and ("mu_s" not in stored or resize != "tf1"):
-            report.warnings.append(
-                f"{images.path} does not name its resize rule: ADM's statistics are "
-                f"of tf1, pytorch-fid's of torch; this run used {resize}")
+        if stored and "resize" not in stored and ("mu_s" not in stored or resize != "tf1"):
+            report.warnings.append(f"{images.path} does not name its resize rule: ADM's is tf1, "
+                                   f"pytorch-fid's torch; this run used {resize}")
 
 
 def open_tokenizer(path, size, device):
@@ -843,19 +808,17 @@ def reconstruction(args, rank, world, device):
             measures["lpips"], weights["lpips"] = lpips.to(device), sha256(vgg16)
         if "rfid" in metrics:
             network = load_network(args, device)
-            inception = args.features == "inception"
-            rules = ["tf1", "torch"] if inception else [network.resize]
+            rules = ["tf1", "torch"] if args.features == "inception" else [network.resize]
             dims = network.net.dims["pool"]
-            pairs = {rule: [FeatureStatistics(n, dims, device) for _ in range(2)]
-                     for rule in rules}
+            pairs = {rule: [FeatureStatistics(n, dims, device) for _ in range(2)] for rule in rules}
     except UserError as e:
         raise UserError(f"{e}; or leave it out with --metrics, of rfid,psnr,ssim,lpips") from None
 
     values = torch.zeros(n, len(measures), dtype=torch.float64)
     for pixels, indices in images.read(args, rank, world, device):
         x = pixels.float() / 127.5 - 1  # (B, 3, H, W)
-        recon = torch.from_numpy(to_uint8(tokenizer.decode(tokenizer.encode(x))))
-        recon = recon.permute(0, 3, 1, 2).to(device)
+        recon = to_uint8(tokenizer.decode(tokenizer.encode(x)))  # (B, H, W, 3)
+        recon = torch.from_numpy(recon).permute(0, 3, 1, 2).to(device)
         y = recon.float() / 127.5 - 1  # as a saved PNG would hold it
         for k, measure in enumerate(measures.values()):
             values[indices, k] = measure(x, y).double().cpu()
@@ -882,18 +845,15 @@ def reconstruction(args, rank, world, device):
 
 
 def probe(args, rank, world, device):
-    """--probe: the linear probe of a tokenizer's latents (Figure 3), or of its pre-adapter tokens,
-    on one process."""
+    """--probe: the linear probe of latents (Figure 3), or of pre-adapter tokens; in one process."""
     if rank != 0:
         return
     path, *folders = args.probe
     tokenizer, size = open_tokenizer(path, args.size, device)
-    sets = [ImageSet(folder, size, split).data
-            for folder, split in zip(folders, ("train", "val"))]
+    sets = [ImageSet(folder, size, split).data for folder, split in zip(folders, ("train", "val"))]
     labelled = all(data is not None and data.labels for data in sets)
     if not labelled or sets[0].classes != sets[1].classes:
-        raise UserError("--probe: TRAIN and VAL must be folders with the same class folders in "
-                        "them, or shapes")
+        raise UserError("--probe: TRAIN and VAL must hold the same class folders, or be shapes")
     train, val = (encode_images(tokenizer, data, size, len(data), args.workers, device,
                                 args.batch_size) for data in sets)
     x, val_x = (e.tokens if args.tokens else e.latents for e in (train, val))
@@ -913,13 +873,12 @@ def parse(argv=None, judge=None):
     add("paths", nargs="*", metavar="REF SAMPLES",
         help="folder, npz of images or of statistics, or shapes")
     add("--recon", nargs=2, metavar=("CKPT", "DATA"),
-        help="rFID, PSNR, SSIM, LPIPS of a tokenizer on images")
+        help="rFID, PSNR, SSIM, LPIPS of a tokenizer")
     add("--probe", nargs=3, metavar=("CKPT", "TRAIN", "VAL"),
         help="linear probe of a tokenizer's latents")
-    add("--tokens", action="store_true",
-        help="--probe: of the encoder's tokens before the adapter")
-    add("--metrics", help="of fid,sfid,is,pr,kid; --recon: of rfid,psnr,ssim,lpips (default: all "
-                          "that inputs allow)")
+    add("--tokens", action="store_true", help="--probe: of the tokens before the adapter")
+    add("--metrics",
+        help="of fid,sfid,is,pr,kid; --recon: rfid,psnr,ssim,lpips (default: all possible)")
     if judge:
         p.set_defaults(features="judge")
     else:
@@ -935,15 +894,13 @@ def parse(argv=None, judge=None):
         help="IS: this many shuffled parts, as torch-fidelity (default: chunks of 5000)")
     add("--seed", type=index, default=2020,
         help="of KID's subsets and --splits (default: torch-fidelity's, %(default)s)")
-    add("--save-stats", metavar="FILE",
-        help="write REF's statistics to an npz; SAMPLES may then be absent")
+    add("--save-stats", metavar="FILE", help="npz for REF's statistics; SAMPLES may be absent")
     add("--json", metavar="FILE", help="write the figures there too")
     add("--inception", metavar="FILE",
         help="pt_inception-2015-12-05-6726825d.pth (default: torch hub's cache)")
     add("--vgg16", metavar="FILE", help="torchvision's VGG16, for LPIPS")
     add("--lpips-heads", metavar="FILE", help="LPIPS v0.1 VGG heads")
-    add("--batch-size", type=count, default=64,
-        help="images per forward of a network (default: %(default)s)")
+    add("--batch-size", type=count, default=64, help="images a forward (default: %(default)s)")
     # on a CPU the network takes all cores
     workers = min(8, os.cpu_count()) if torch.cuda.is_available() else 0
     add("--workers", type=index, default=workers,
@@ -952,11 +909,9 @@ def parse(argv=None, judge=None):
 
     args.judge = judge
     if bool(args.paths) + bool(args.recon) + bool(args.probe) != 1:
-        raise UserError("give REF SAMPLES, or --recon CKPT DATA, or --probe CKPT TRAIN VAL (see "
-                        "--help)")
+        raise UserError("give REF SAMPLES, --recon CKPT DATA or --probe CKPT TRAIN VAL")
     if args.paths and len(args.paths) not in ((1, 2) if args.save_stats else (2,)):
-        raise UserError(f"REF and SAMPLES are two paths, not {len(args.paths)} (one alone goes "
-                        "with --save-stats FILE)")
+        raise UserError(f"REF SAMPLES are two paths, not {len(args.paths)}; --save-stats takes one")
     # before the work, not after it
     for file in filter(None, (args.save_stats, args.json)):
         parent = Path(file).parent

@@ -1,4 +1,4 @@
-"""Files that may be missing, cut off or hostile: checkpoints, external weights, and arrays that are
+"""Files that may be missing, cut off or hostile: checkpoints, external weights, and arrays
 filled batch by batch over hours.
 
 What the user can mend is a UserError, one line that names the file. No code is ever run from a
@@ -28,7 +28,7 @@ from losses import LPIPS
 from model import ENCODERS, DINOv2, Tokenizer
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # IMAGENET1K_V1
-VGG16_SHA256 = "397923af"  # torch hub's convention: the first characters stand in the name
+VGG16_SHA256 = "397923af"  # its first characters, as in torch hub's file names
 HEADS_URL = ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/"
              "v0.1/vgg.pth")
 HEADS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
@@ -50,6 +50,15 @@ def print_0(text):
         print(text, flush=True)
 
 
+def gather(value):
+    """The list of all ranks' values."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def sha256(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -59,8 +68,8 @@ def sha256(path):
 
 @contextlib.contextmanager
 def reading(path, kind):
-    """Inside it, whatever goes wrong is the fault of the file's contents: a UserError of one line
-    that names it. kind: what the file should be, such as "checkpoint"."""
+    """Whatever goes wrong inside it becomes a UserError that names the file. kind: what the file
+    should be, such as "checkpoint"."""
     if not os.path.isfile(path):  # opening a pipe would wait for its other end
         raise UserError(f"{path} is not a file" if os.path.exists(path)
                         else f"{kind} not found: {path}")
@@ -68,7 +77,7 @@ def reading(path, kind):
         yield
     except UserError:
         raise
-    except Exception as e:  # a damaged file can make anything of a decoder
+    except Exception as e:  # a decoder may raise anything
         tells = isinstance(e, (ValueError, OSError)) and str(e)
         reason = f"{'' if tells else type(e).__name__ + ' '}{e}".splitlines()[0].strip()[:200]
         raise UserError(f"unreadable {kind} {path} (damaged, or not what it should be): "
@@ -78,9 +87,9 @@ def reading(path, kind):
 def load_file(path, kind="checkpoint"):
     """The dict in a .pt or .pth file, on the CPU: tensors, numbers and strings, never code.
 
-    The file is a zip archive, whose CRCs torch.load ignores: they are compared first, and a flipped
-    bit is noticed. Files from before PyTorch 1.6 (the official VGG16 and Inception) have none;
-    find_weights knows their sha256. Errors: UserError."""
+    torch.load ignores the CRCs of this zip archive, so they are compared first. Files from before
+    PyTorch 1.6 (the official VGG16 and Inception) have none; find_weights knows their sha256.
+    Errors: UserError."""
     with reading(path, kind), open(path, "rb") as f, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on odd pickles
         if zipfile.is_zipfile(f):
@@ -93,10 +102,10 @@ def load_file(path, kind="checkpoint"):
         f.seek(0)
         try:
             content = torch.load(f, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # torch's own text advises to load it as code
-            raise ValueError("not only tensors, numbers and strings, and nothing else is ever "
+        except pickle.UnpicklingError:  # torch's text advises to run it
+            raise ValueError("not only tensors, numbers and strings; nothing else is ever "
                              "loaded") from None
-        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        if not isinstance(content, dict) or not all(isinstance(k, str) for k in content):
             raise ValueError("no dict of tensors")
     if isinstance(content.get("run"), dict):  # the name of the recipe before 2026-11-26
         content["recipe"] = content.pop("run")
@@ -104,8 +113,8 @@ def load_file(path, kind="checkpoint"):
 
 
 def load_strictly(module, state, path):
-    """module.load_state_dict(state). What is missing, unknown, misshapen, of another type or not
-    finite is a UserError that names the file."""
+    """module.load_state_dict(state). A tensor that is missing, unknown, misshapen, of another type
+    or not finite is a UserError."""
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as e:
@@ -114,27 +123,27 @@ def load_strictly(module, state, path):
                         f"{' '.join(problems)[:300]}") from None
     odd = [name for name, own in module.state_dict().items()
            if own.is_floating_point() != state.get(name, own).is_floating_point()
-           # the sum is not finite either, and ten times as fast as isfinite().all()
+           # of the sum: ten times as fast as isfinite().all()
            or not own.is_meta and not own.sum().isfinite()]
     if odd:
         raise UserError(f"{path}: not finite, or of the wrong type: {', '.join(odd)[:300]}")
 
 
 def build(cls, arguments, state, path):
-    """cls(**arguments) with the weights `state`. Both come from the file `path`, which may be
-    hostile: they must fit each other on the meta device before memory is taken."""
+    """cls(**arguments) with the weights `state`. Both come from `path`, which may be hostile: they
+    must fit each other on the meta device before memory is taken."""
     def check(arguments):
         for name, value in arguments.items():
             if isinstance(value, dict):
                 check(value)
-            # each block costs time on the meta device too
+            # blocks cost time on the meta device too
             limit = 100 if name in ("depth", "num_res_blocks") else 2 ** 20
             numbers = value if isinstance(value, (list, tuple)) else [value]
             if len(numbers) > 16 or any(isinstance(n, int) and n > limit for n in numbers):
                 raise ValueError(f"its argument {name} is absurd")
 
     with reading(path, "checkpoint"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing is copied to the meta device
+        warnings.simplefilter("ignore")  # of the meta device
         check(arguments)
         with torch.device("meta"):
             skeleton = cls(**arguments)
@@ -147,7 +156,7 @@ def build(cls, arguments, state, path):
 
 
 def check_same(then, now, path, advice="repeat them, choose another --out, or --overwrite"):
-    """Refuses to go on from `path` with other arguments than it was made with, naming them."""
+    """Refuses to go on from `path` with other arguments than it was made with."""
     changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
     if changed:
         raise UserError(f"{path} was made with other arguments ({', '.join(changed)}); {advice}")
@@ -156,8 +165,7 @@ def check_same(then, now, path, advice="repeat them, choose another --out, or --
 # ----------------------------------------------------------------------------------------- writing
 
 def write_atomically(path, write):
-    """Calls write(file) on a temporary file and then renames it: `path` is the old file or the new
-    one, never a half."""
+    """Calls write(file) on a temporary file and then renames it to `path`."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -172,7 +180,7 @@ def write_atomically(path, write):
             e = e.__context__
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}") from None
-    finally:  # where all went well it is gone already
+    finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
@@ -183,8 +191,7 @@ def save_checkpoint(path, content):
 
 
 def lock(path, message):
-    """Opens and locks a file until it is closed or the process ends. Raises UserError(message)
-    where another process holds it."""
+    """Opens a file, locked until it is closed. UserError(message) if another process holds it."""
     file = open(path, "a")  # noqa: SIM115, the caller closes it
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,11 +224,10 @@ def ranges(n, size):
 
 
 class BatchedArray:
-    """An array (n, *shape) on disk that all ranks fill batch by batch, over hours.
+    """An array (n, *shape) on disk that all ranks fill batch by batch.
 
-    Each batch is a file in the folder PATH.parts, written atomically, so that a stop loses at most
-    one. `finish` packs them into PATH (.npy, or .npz as arr_0); while it does, the array takes
-    twice its space. PATH.json holds the recipe (see `claim`)."""
+    Each batch is a file in the folder PATH.parts: a stop loses at most one. `finish` packs them
+    into PATH (.npy, or .npz as arr_0), in twice the array's space. PATH.json: see `claim`."""
 
     def __init__(self, path, n, shape, dtype, recipe, overwrite=False):
         self.path, self.n, self.shape, self.dtype = Path(path), n, tuple(shape), np.dtype(dtype)
@@ -234,9 +240,8 @@ class BatchedArray:
                 self.parts.mkdir(parents=True, exist_ok=True)
                 self.lock = lock(self.parts / ".lock",
                                  f"another process is writing {path}; wait for it")
-                present = self.path.exists() or bool(self._written())
-                recipe = recipe | {"rows": n}
-                if claim(path, f"{path}.json", recipe, overwrite, present):
+                present = self.path.exists() or self._written()
+                if claim(path, f"{path}.json", recipe | {"rows": n}, overwrite, present):
                     self.path.unlink(missing_ok=True)
                     self._delete_parts()
             except UserError:
@@ -250,7 +255,7 @@ class BatchedArray:
             self._close()
 
     def _written(self):
-        """(first row, last row + 1, file) of each batch that is there."""
+        """(first row, last row + 1, file) of each batch on disk."""
         names = [re.fullmatch(r"(\d+)-(\d+)\.npy", p.name) for p in self.parts.iterdir()]
         return sorted((int(m[1]), int(m[2]), self.parts / m[0]) for m in names if m)
 
@@ -267,18 +272,16 @@ class BatchedArray:
     def write(self, batch, values):
         """Stores the rows of a range, (len(batch), *shape)."""
         content = io.BytesIO()
-        # in memory: into a file np.save writes by C's stdio, and does not notice where the last
-        # few kilobytes find the disk full
+        # in memory: for a file np.save uses C's stdio, which can hide a full disk
         np.save(content, np.ascontiguousarray(values, self.dtype))
         try:
             write_atomically(self.parts / f"{batch.start:09d}-{batch.stop:09d}.npy",
                              lambda f: f.write(content.getbuffer()))
         except UserError as e:
-            raise UserError(f"{e}; make room and repeat the command: it goes on from what is "
-                            "there") from None
+            raise UserError(f"{e}; make room and repeat the command to go on") from None
 
     def finish(self):
-        """All ranks wait for each other, then rank 0 packs."""
+        """Rank 0 packs when all ranks are done."""
         self._wait()
         if self.rank == 0:
             write_atomically(self.path, self._pack)
@@ -313,12 +316,11 @@ class BatchedArray:
         if self.rank == 0:
             self._delete_parts()
             self._unlock()
-            with contextlib.suppress(OSError):
-                shutil.rmtree(self.parts)
+            shutil.rmtree(self.parts, ignore_errors=True)
         self._wait()
 
     def _unlock(self):
-        if self.lock is not None:
+        if self.lock:
             self.lock.close()
 
     def _wait(self):
@@ -329,11 +331,11 @@ class BatchedArray:
 # ------------------------------------------------------------------------------- external weights
 
 def find_weights(url, digest, flag, file=None):
-    """Path of an external weight file: `file` if given, else in torch hub's cache, else downloaded
-    to there.
+    """Path of an external weight file: `file` if given, else in torch hub's cache, downloaded to
+    there if need be.
 
-    digest: the sha256 that it must have, or its first characters, or "" where none is known. flag:
-    the option that takes the file, for the message where there is no network."""
+    digest: its sha256, or the first characters, or "" if not known. flag: the option that takes the
+    file, for the messages."""
     if file:
         if not Path(file).is_file():
             raise UserError(f"{flag} {file}: no such file (the official one is {url})")
@@ -350,15 +352,13 @@ def find_weights(url, digest, flag, file=None):
                 if f.tell() < int(source.headers["Content-Length"] or 0):
                     raise OSError("it ended early")
             if not sha256(part).startswith(digest):
-                raise UserError(f"download of {url} is damaged (sha256 differs); fetch it by hand "
-                                f"and pass {flag} FILE")
+                raise UserError(f"download of {url} is damaged (sha256 differs); pass {flag} FILE")
             part.rename(path)
         except (OSError, http.client.HTTPException) as e:
             raise UserError(f"missing weights {path.name}: get {url}, pass it as {flag} FILE "
                             f"(download: {e})") from None
         finally:
-            if part.exists():  # whatever stopped the download, Ctrl-C too
-                part.unlink()
+            part.unlink(missing_ok=True)
     found = sha256(path)
     if not found.startswith(digest):
         raise UserError(f"{path} is damaged (its sha256 is {found}, not {digest}): delete it, or "
@@ -368,7 +368,7 @@ def find_weights(url, digest, flag, file=None):
 
 
 def load_lpips(vgg16=None, heads=None):
-    """(LPIPS, path of its VGG16), from files or found by find_weights. Errors: UserError."""
+    """(LPIPS, path of its VGG16), by find_weights. Errors: UserError."""
     vgg16 = find_weights(VGG16_URL, VGG16_SHA256, "--vgg16", vgg16)
     heads = find_weights(HEADS_URL, HEADS_SHA256, "--lpips-heads", heads)
     lpips = LPIPS()
@@ -382,8 +382,8 @@ def load_lpips(vgg16=None, heads=None):
 
 
 def encoder_state(content):
-    """The DINOv2 state dict in a file: official, a training checkpoint's teacher, or with blocks in
-    chunks (blocks.CHUNK.i in place of blocks.i)."""
+    """The DINOv2 state dict in a file: official, or a training checkpoint's teacher. Blocks in
+    chunks (blocks.CHUNK.i) become blocks.i."""
     if "teacher" in content:
         content = {k.removeprefix("backbone."): v for k, v in content["teacher"].items()
                    if k.startswith("backbone.")}
@@ -391,12 +391,11 @@ def encoder_state(content):
 
 
 def encoder_arguments(state):
-    """DINOv2's arguments for a state dict: they follow from its tensors' names and shapes."""
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    """DINOv2's arguments, from a state dict's names and shapes."""
     return {"dim": state["cls_token"].shape[-1],
             "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
             "swiglu": "blocks.0.mlp.w12.weight" in state,
-            "registers": registers,
+            "registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
             "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
 
 
@@ -424,9 +423,8 @@ def load_encoder(spec):
     else:
         raise UserError(f"--encoder {spec}: neither a file nor one of "
                         f"{', '.join(list(ENCODERS)[1:])} (and _reg4)")
-    content = load_file(path, "encoder")
     try:
-        state = encoder_state(content)
+        state = encoder_state(load_file(path, "encoder"))
         found = encoder_arguments(state)
     except (KeyError, ValueError, IndexError, AttributeError):
         raise UserError(f"{path} is no DINOv2: cls_token, pos_embed or blocks.* missing") from None
@@ -438,17 +436,16 @@ def load_encoder(spec):
 # ------------------------------------------------------------------- tokenizers and generators
 
 def load_tokenizer(path, *systems, content=None):
-    """The tokenizer in the final checkpoint of a stage, on the CPU, in eval mode.
+    """The tokenizer in a stage's final checkpoint, on the CPU, in eval mode. Errors: UserError.
 
-    systems: classes of other tokenizers that the file may hold, such as baselines.VAE. content:
-    what load_file has read from it, if that was done. Errors: UserError."""
+    systems: other classes that the file may hold, such as baselines.VAE. content: the file's, if
+    load_file has read it."""
     if not Path(path).exists():
-        raise UserError(f"there is no tokenizer {path}: run train_tokenizer.py first, or give "
-                        "--tokenizer CKPT")
+        raise UserError(f"no tokenizer {path}: run train_tokenizer.py, or give --tokenizer CKPT")
     content = content or load_file(path, "tokenizer")
     if "opt_g" in content:
         raise UserError(f"{path} is a checkpoint to resume from, without EMA and statistics: take "
-                        "the stage's final one")
+                        "the final one")
     with reading(path, "tokenizer"):
         if "encoder" in content.get("arguments", {}):
             return build(Tokenizer, content["arguments"], content["tokenizer"], path).eval()
@@ -461,13 +458,13 @@ def load_tokenizer(path, *systems, content=None):
 def require_statistics(tokenizer, path):
     """The generator needs latent statistics; an official tokenizer's are another file."""
     if not tokenizer.latent_std.any():
-        raise UserError(f"{path} has no latent statistics: it comes from a stage that did not "
-                        "finish, or is an official file (sample.py --latent-stats FILE)")
+        raise UserError(f"{path} has no latent statistics: its stage did not finish, or it is an "
+                        "official file (sample.py --latent-stats FILE)")
 
 
 def fingerprint(tokenizer):
-    """A short hash of all that makes a tokenizer's latents: encoder, adapter, statistics. Stage 3
-    does not change it."""
+    """A short hash of what makes a tokenizer's latents: encoder, adapter, statistics. Stage 3 does
+    not change it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tokenizer.state_dict().items()):
         if not name.startswith(("decoder.", "post_quant_conv.")):
@@ -476,8 +473,8 @@ def fingerprint(tokenizer):
 
 
 def dit_arguments(state):
-    """LightningDiT's arguments for a state dict, from names and shapes. Only the grid does not
-    follow (N tokens are h*w of some h and w): a square is assumed."""
+    """LightningDiT's arguments, from a state dict's names and shapes. The N = h*w tokens are taken
+    for a square."""
     dim, d, patch, _ = state["x_embedder.proj.weight"].shape
     tokens, head_dim = state["feat_rope.freqs_cos"].shape
     table = state.get("y_embedder.embedding_table.weight")

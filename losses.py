@@ -43,9 +43,9 @@ def hinge_d(real, fake):
 
 # w_g = --w-g * |grad L_rec| / (|grad L_GAN| + 1e-4), the gradients at the decoder's last layer
 def adaptive_weight(rec, other, last_layer, limit=1e4):
-    """|grad rec| / (|grad other| + 1e-4) at a last layer, clamped to [0, limit], detached. With this
-    weight the other loss pulls at that layer as strongly as the reconstruction loss does. L_GAN is
-    weighed at the decoder's last layer, VA-VAE's VF loss at the encoder's.
+    """|grad rec| / (|grad other| + 1e-4) at a last layer, clamped to [0, limit], detached.
+    With this weight the other loss pulls at that layer as strongly as the reconstruction loss does.
+    L_GAN is weighed at the decoder's last layer, VA-VAE's VF loss at the encoder's.
 
     Under DDP the gradients are averaged over the ranks before the norms are taken (a mean of norms
     is another number), so every rank gets the same weight."""
@@ -56,11 +56,11 @@ def adaptive_weight(rec, other, last_layer, limit=1e4):
 
 
 def linearised(loss, recon):
-    """A loss L(x^) replaced by the sum of dL/dx^ * x^, with dL/dx^ held constant. By the chain rule
-    every weight of the tokenizer gets the same gradient from it as from L.
+    """sum(g * x^) with the constant g = dL/dx^. Its gradient at x^ is g, as that of L is; so by the
+    chain rule every weight of the tokenizer gets the gradient of L.
 
-    L_rec and L_GAN are differentiated twice: for the adaptive weight and for the step. In this form
-    the second time does not go back through VGG16 and D again."""
+    The adaptive weight and the step both need this gradient. g is computed once, so the pass back
+    through VGG16 and D is made once."""
     return (torch.autograd.grad(loss, recon)[0] * recon).sum()
 
 
@@ -68,8 +68,8 @@ def linearised(loss, recon):
 
 # L_sp = L2(z0*, z0)
 def semantic_preservation(z0, z0_ref, kind="l2", dim=1):
-    """Keeps the latents in training, z0 (the paper's z0*), where the frozen stage-1 encoder and
-    adapter put them: z0_ref (the paper's z0).
+    """The distance of the latents in training from those of the frozen stage-1 encoder and adapter.
+    z0 is the paper's z0*, z0_ref the paper's z0.
 
     Latents (B, d, h, w) with dim=1; or, for the ablation "before the adapter", tokens (B, N, D)
     with dim=-1. kind "l2": the mean of squares over all elements; "cosine", the other ablation:

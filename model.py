@@ -6,7 +6,7 @@ tokenizer that joins them; LightningDiT, the generator; the table of named sizes
 DINOv2, the LDM modules and LightningDiT keep the official state-dict keys: released files load
 strictly and unmodified.
 
-Departures: AlignTok's decoder goes without VA-VAE's 1x1 `post_quant_conv` (a linear map in front of
+Departures: AlignTok's decoder lacks VA-VAE's 1x1 `post_quant_conv` (a linear map in front of
 a 3x3 convolution); DINOv2 has no stochastic depth, because only the toy's stand-in trains it from
 scratch.
 
@@ -123,7 +123,7 @@ class DINOv2(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
         if registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
-        # Only masked pretraining reads it. It must never train: DDP would wait for its gradient.
+        # Only masked pretraining reads it. It must not train: DDP would wait for its gradient.
         self.mask_token = nn.Parameter(torch.zeros(1, dim), requires_grad=False)
         self.patch_embed = PatchEmbed(self.patch, 3, dim)
         self.blocks = nn.ModuleList(Block(dim, dim // 64, swiglu) for _ in range(depth))
@@ -135,7 +135,7 @@ class DINOv2(nn.Module):
         self.initialise()
 
     def initialise(self):
-        # as the official code; trained weights replace all of it
+        # as the official code; trained weights replace it
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -148,8 +148,8 @@ class DINOv2(nn.Module):
     def position_embedding(self, h, w):
         """(1, 1 + h*w, D) for h x w patches, in fp32: the stored grid, resampled.
 
-        The two families of released models were trained with different resampling rules, and the
-        numbers differ by 7 to 9 % at 224 px; each family gets its own."""
+        The two families of released models were trained with different resampling rules, which
+        differ by 7 to 9 % at 224 px."""
         if (h, w) == (self.grid, self.grid):
             return self.pos_embed
         cls, grid = self.pos_embed.float().split([1, self.grid ** 2], dim=1)
@@ -278,8 +278,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, attention after each of them where asked for, and at the
-    end a change of resolution."""
+    """One resolution: residual blocks, attention after each if asked for, then a resampling."""
 
     def __init__(self, c_in, c_out, blocks, attention, downsample=False, upsample=False):
         super().__init__()
@@ -344,8 +343,8 @@ class Decoder(nn.Module):
 # --------------------------------------------------------------------------------------- tokenizer
 
 class LatentSpace(nn.Module):
-    """What the generator needs of any tokenizer, AlignTok's or a baseline's: the statistics of its
-    latents, as the buffers latent_mean and latent_std (d,), filled once when a stage ends.
+    """What the generator needs of any tokenizer: the statistics of its latents, as the buffers
+    latent_mean and latent_std (d,), filled once when a stage ends.
 
     Images are (B, 3, H, W) in [-1, 1] with sides divisible by 16, latents (B, d, H/16, W/16)."""
     factor = 16
@@ -358,7 +357,7 @@ class LatentSpace(nn.Module):
 
     def normalize(self, z):
         """z0 -> latents of mean 0 and standard deviation 1 per channel: what the generator
-        learns. Raises ValueError where the statistics were not computed yet."""
+        learns. Raises ValueError where there are no statistics yet."""
         mean, std = self.statistics()
         return (z - mean) / std
 
@@ -400,8 +399,7 @@ class Tokenizer(LatentSpace):
         return self.adapter(tokens).transpose(1, 2).reshape(-1, self.d, h, w)
 
     def decode(self, z):
-        """D: z0 (B, d, h, w), not normalised -> images (B, 3, H, W), in [-1, 1] but for a little
-        overshoot."""
+        """D: z0 (B, d, h, w), not normalised -> images (B, 3, H, W), about in [-1, 1]."""
         return self.decoder(z)
 
     def forward(self, x):
@@ -428,8 +426,8 @@ def update_ema(ema, model, decay):
 
 def sincos_embedding(h, w, dim, device=None):
     """The fixed position embedding (1, h*w, D): the first D/2 dimensions encode the column, the
-    last D/2 the row, each half [sin, cos] of D/4 frequencies (base 10000). In fp64 until the end,
-    as the official one."""
+    last D/2 the row, each half [sin, cos] of D/4 frequencies (base 10000). In fp64, as the
+    official one."""
     exponent = torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4)
     frequency = 10000.0 ** -exponent  # (D/4,)
     row = torch.arange(h, device=device).repeat_interleave(w)[:, None] * frequency  # (h*w, D/4)
@@ -474,8 +472,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         y = x.float()
         # a norm reads y once; y.square().mean() would write the squares first
-        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        square = norm.square() / y.shape[-1]
+        square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square() / y.shape[-1]
         return (y * (square + 1e-6).rsqrt()).to(x.dtype) * self.weight
 
 
@@ -487,8 +484,8 @@ class RotaryAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        norms = (RMSNorm(dim // heads) if qk_norm else nn.Identity() for _ in range(2))
-        self.q_norm, self.k_norm = norms
+        self.q_norm, self.k_norm = (
+            RMSNorm(dim // heads) if qk_norm else nn.Identity() for _ in range(2))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, cos, sin):
@@ -558,13 +555,11 @@ class LightningDiT(nn.Module):
     def __init__(self, dim, depth, heads, d=32, num_classes=1000, grid=(16, 16), patch=1,
                  qk_norm=False):
         super().__init__()
-        # a checkpoint keeps them, to rebuild the model
         self.arguments = {"dim": dim, "depth": depth, "heads": heads, "d": d,
                           "num_classes": num_classes, "grid": list(grid), "patch": patch,
                           "qk_norm": qk_norm}
         if dim % (4 * heads):
-            raise ValueError(f"RoPE needs a width that is divisible by 4 times the {heads} heads, "
-                             f"not {dim}")
+            raise ValueError(f"RoPE needs a width divisible by 4 x {heads} heads, not {dim}")
         self.dim, self.heads, self.d, self.num_classes = dim, heads, d, num_classes
         h, w = grid
         self.patch, self.grid = patch, (h // patch, w // patch)  # grid: in tokens
@@ -590,8 +585,8 @@ class LightningDiT(nn.Module):
                 nn.init.xavier_uniform_(m.weight.flatten(1))
                 nn.init.zeros_(m.bias)
         # the condition starts small beside the tokens, whatever the number of classes
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for i in (0, 2):
+            nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
         if self.num_classes:
             nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
         # adaLN-Zero: all gates are shut, so every block is the identity; and the output is 0

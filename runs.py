@@ -1,7 +1,7 @@
 """What keeps a long run alive: ranks, a run's folder with its log and checkpoints, signals, the
 meter that stops on a loss that is not finite, and the command line.
 
-The same command resumes a run, and its end has the same bits as if it had never stopped.
+The same command resumes a run, which ends with the same bits as if it had never stopped.
 """
 import argparse
 import contextlib
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from files import (
     UserError,
     check_same,
+    gather,
     load_file,
     load_strictly,
     lock,
@@ -36,9 +37,9 @@ from files import (
 from losses import average_over_ranks
 from model import Block, DiTBlock, ResnetBlock
 
-# CPU tensors without page faults, which took up to a third of a step (docs/engineering.md, Speed):
-# in huge pages, where Linux gives them on request (PyTorch reads this before its first tensor), and
-# in memory that glibc keeps once it has it.
+# Page faults took up to a third of a step on CPUs (docs/engineering.md, Speed). So tensors lie in
+# huge pages, where Linux gives them (PyTorch reads this before its first tensor), and glibc keeps
+# the memory that it has.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 with contextlib.suppress(AttributeError):  # another C library
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -49,17 +50,16 @@ with contextlib.suppress(AttributeError):  # another C library
 # ------------------------------------------------------------------------------------------- ranks
 
 def setup_ranks():
-    """(rank, world size, device). Under torchrun it joins the process group: NCCL on GPUs, gloo on
-    CPUs."""
+    """(rank, world size, device). Under torchrun it joins the process group."""
     cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     if "LOCAL_RANK" not in os.environ:
-        return 0, 1, torch.device("cuda" if cuda else "cpu")
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"more ranks on this node than its {torch.cuda.device_count()} GPUs "
-                        "(--nproc_per_node)")
+        return 0, 1, device
     if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"more ranks on this node than its {torch.cuda.device_count()} GPUs "
+                            "(--nproc_per_node)")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -68,8 +68,8 @@ def setup_ranks():
 
 
 def wrap(module, device):
-    """DistributedDataParallel under torchrun, else the module itself. Buffers are not broadcast:
-    they are the same on all ranks by construction."""
+    """DistributedDataParallel under torchrun, else the module itself. Its buffers are the same on
+    all ranks by construction."""
     if not dist.is_initialized():
         return module
     ids = [device.index] if device.type == "cuda" else None
@@ -78,7 +78,7 @@ def wrap(module, device):
 
 
 def no_sync(module, skip):
-    """Gradients are averaged over the ranks at the last micro-batch only."""
+    """Ranks average their gradients at the last micro-batch only."""
     if skip and isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()
@@ -86,7 +86,7 @@ def no_sync(module, skip):
 
 @contextlib.contextmanager
 def rank_0_first():
-    """Rank 0 goes through the block (and downloads); then the others do, and find it done."""
+    """Rank 0 goes through the block first (and downloads), then the others."""
     if dist.is_initialized() and dist.get_rank() > 0:
         dist.barrier()
     yield
@@ -95,21 +95,19 @@ def rank_0_first():
 
 
 def barrier(hours=None):
-    """All ranks wait for each other; `hours`: longer than a collective may take."""
+    """All ranks wait for each other. hours: if more than a collective may take."""
     if dist.is_initialized():
         patient = hours and dist.new_group(backend="gloo", timeout=timedelta(hours=hours))
         dist.barrier(patient)
 
 
 def autocast_dtype(name, device):
-    """--dtype: auto is bf16 where the hardware has it (Ampere GPUs, CPUs with AVX512-BF16), else
-    fp32."""
+    """auto: bf16 where it is native (Ampere GPUs, CPUs with AVX512-BF16), else fp32."""
     if name == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-            native = capabilities.get("avx512_bf16", False)
+            native = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
         name = "bf16" if native else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
@@ -119,8 +117,8 @@ def autocast(device, dtype):
 
 
 def checkpoint_activations(model):
-    """--checkpointing: each block of a network keeps its input only, and computes the rest again in
-    the backward pass: less memory, the same gradients, slower."""
+    """--checkpointing: each block keeps only its input and computes the rest again in the backward
+    pass: less memory, the same gradients, slower."""
     for block in model.modules():
         if isinstance(block, (Block, ResnetBlock, DiTBlock)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -130,11 +128,11 @@ def checkpoint_activations(model):
 
 class Run:
     """A folder with log.csv and checkpoints PREFIX_step*.pt, of which the last two are kept. Rank 0
-    writes. Inside its `with` the folder is locked.
+    writes, and locks the folder until the `with` ends.
 
-    SIGTERM and Ctrl-C end the run at once where that loses nothing (set-up, cache, validation). In
-    the loop, between defer_signals(True) and (False), they set `stopping`, which the loop obeys
-    after its step."""
+    SIGTERM and Ctrl-C end the run at once where that loses nothing (set-up, cache, validation).
+    Between defer_signals(True) and (False) they set `stopping`, which the loop obeys after its
+    step."""
 
     def __init__(self, out, rank, columns):
         self.out, self.rank, self.columns = Path(out), rank, columns
@@ -143,9 +141,9 @@ class Run:
         if rank == 0:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
-                self.lock = lock(self.out / ".lock", f"another run is writing to {out}; choose "
-                                                     "another --out or wait for it")
-                # what a killed run was writing; files of other names are written over
+                self.lock = lock(self.out / ".lock", f"another run is writing to {out}; wait for "
+                                                     "it or choose another --out")
+                # what a killed run was writing
                 for part in self.out.glob(".*_step*.part"):
                     part.unlink()
             except OSError as e:
@@ -158,12 +156,12 @@ class Run:
     def __exit__(self, *_):
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
-        if self.lock is not None:
+        if self.lock:
             self.lock.close()
 
     def _stop(self, number, _):
-        second_ctrl_c = self.stopping and number == signal.SIGINT  # it does not wait
-        if not self.deferring or second_ctrl_c:
+        # a second Ctrl-C does not wait
+        if not self.deferring or self.stopping and number == signal.SIGINT:
             sys.exit("error: stopped by a signal; repeat the command to go on")
         self.stopping = True
 
@@ -173,7 +171,7 @@ class Run:
             self._stop(None, None)
 
     def should_stop(self):
-        """Whether any rank was asked to stop; a flag on the CPU, so that no GPU waits."""
+        """Whether any rank was asked to stop. The flag is on the CPU, so that no GPU waits."""
         if not dist.is_initialized():
             return self.stopping
         flag = torch.tensor(float(self.stopping))
@@ -187,9 +185,9 @@ class Run:
         return self.good.get(prefix, "none")
 
     def resume(self, s, stage=()):
-        """Loads the newest good checkpoint into `s`, where there is one, and rewinds the log to its
-        step. s: prefix, recipe (what must be the same as when it was written), networks,
-        optimisers, meter, step and steps. stage: (its number,) where log.csv begins with it."""
+        """Loads the newest good checkpoint, if any, into `s` and rewinds the log to its step. s:
+        prefix, recipe (what must not change), networks, optimisers, meter, step and steps. stage:
+        (its number,) where log.csv begins with it."""
         saved = self._newest(s.prefix, s.recipe)
         if saved:
             path = self.last_good(s.prefix)
@@ -202,15 +200,14 @@ class Run:
                 s.step = operator.index(saved["step"])
                 torch.set_rng_state(saved["rng"][self.rank % len(saved["rng"])])
             if s.step > s.steps:
-                raise UserError(f"{path} is already at step {s.step}; --steps {s.steps} is behind "
-                                "it")
-        steps = [s.step]
-        if dist.is_initialized():
-            steps = [None] * dist.get_world_size()
-            dist.all_gather_object(steps, s.step)
+                raise UserError(f"{path} is already at step {s.step}; --steps {s.steps} is less")
+        steps = gather(s.step)
         if len(set(steps)) > 1:
-            raise UserError(f"the ranks resume from different steps {steps}: --out {self.out} must "
-                            "be a folder that all see")
+            raise UserError(f"the ranks resume from different steps {steps}: all must see the "
+                            f"folder --out {self.out}")
+        if saved and self.rank == 0:  # a kill may have come between a save and what it deletes
+            for old in [p for p in self.checkpoints(s.prefix) if p < path][:-1]:
+                old.unlink()
         self.rewind_log(s.step, s.steps, s.log_every, stage)
 
     def _newest(self, prefix, recipe):
@@ -228,16 +225,13 @@ class Run:
         if self.checkpoints(prefix):
             raise UserError(f"no checkpoint {prefix}_step*.pt in {self.out} can be read; "
                             "--overwrite starts again")
-        return None
 
     def save(self, s):
-        """Saves all that a resume needs, where losses and weights are finite, and the weights the
-        same on all ranks."""
+        """Saves all that a resume needs, after a check of losses and weights."""
         s.meter.check(self, s.prefix)
         for network in s.networks.values():
             check_weights(network, self, s.prefix)
-        parts = s.networks | s.optimisers
-        content = {name: part.state_dict() for name, part in parts.items()}
+        content = {k: part.state_dict() for k, part in (s.networks | s.optimisers).items()}
         content |= {"step": s.step, "recipe": s.recipe, "meter": s.meter.state(),
                     "rng": rng_states(), "arguments": next(iter(s.networks.values())).arguments}
         path = self.out / f"{s.prefix}_step{s.step:08d}.pt"
@@ -245,13 +239,12 @@ class Run:
             save_checkpoint(path, content)
             for old in self.checkpoints(s.prefix)[:-2]:
                 old.unlink()
-        # torchrun kills all ranks when one has left: nobody leaves before it is written
-        barrier()
+        barrier()  # torchrun kills all ranks when one leaves: not before it is written
         self.good[s.prefix] = path
 
     def steps(self, s, args, row, draw):
-        """Yields once a step, from s.step to s.steps. After the body has trained, it logs row(),
-        draws draw(path) and saves where that is due, and obeys signals."""
+        """Yields once a step, up to s.steps. Then it logs row(), calls draw(path) and saves where
+        that is due, and obeys signals."""
         bar = tqdm(total=s.steps, initial=s.step, desc=s.prefix, disable=self.rank != 0,
                    mininterval=1)
         self.defer_signals(True)
@@ -279,7 +272,7 @@ class Run:
         self.defer_signals(False)
 
     def forget(self, prefix):
-        """--overwrite: deletes a stage's checkpoints and pictures."""
+        """--overwrite: deletes checkpoints and pictures."""
         if self.rank == 0:
             for path in [*self.out.glob(f"{prefix}.pt"), *self.out.glob(f"{prefix}_step*")]:
                 path.unlink()
@@ -296,8 +289,8 @@ class Run:
 
     def rewind_log(self, step, steps, log_every, stage=()):
         """Before going on from `step`: removes the rows after it. The steps since the last multiple
-        of log_every have no row yet, because the meter still counts them; only the last step of
-        all has a row of its own. stage: (its number,) where that is the first column."""
+        of log_every have no row yet (the meter still counts them), unless `step` is the last one.
+        stage: (its number,) where that is the first column."""
         logged = step if step == steps else step // log_every * log_every
         position, log, header = (*stage, logged), self.out / "log.csv", ",".join(self.columns)
         if self.rank > 0:
@@ -305,21 +298,20 @@ class Run:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         head, *rows = lines or [f"{header}\n"]
         if head.strip() != header:
-            raise UserError(f"{log} has other columns than this run writes; move it away or choose "
-                            "another --out")
+            raise UserError(f"{log} has other columns; move it away or choose another --out")
         rows = [row for row in rows if row.endswith("\n")  # else a kill has cut it
                 and tuple(map(int, row.split(",")[:len(position)])) <= position]
         write_atomically(log, lambda f: f.write("".join([head, *rows]).encode()))
 
 
 def due(step, every, steps):
-    """Whether something that is done every so many steps, and at the end, is done now."""
+    """Whether what is done every `every` steps, and at the end, is done now."""
     return step % every == 0 or step == steps
 
 
 class Meter:
-    """Sums of the losses between two log steps, and the first step whose loss was not finite, on
-    the device: nothing waits for it until `average` or `check` is called."""
+    """Sums of the losses between two log steps, and the first step whose loss was not finite: on
+    the device, which nothing waits for until `average` or `check`."""
 
     def __init__(self, device):
         self.reset()
@@ -337,7 +329,7 @@ class Meter:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def check(self, run, prefix):
-        """Stops all ranks together if any loss has been NaN or infinite since the start."""
+        """Stops all ranks together if any loss has been NaN or infinite."""
         if dist.is_initialized():
             dist.all_reduce(self.bad_step, dist.ReduceOp.MIN)
         if self.bad_step < 2 ** 62:
@@ -346,7 +338,7 @@ class Meter:
                             "lower --lr, or --dtype fp32)")
 
     def state(self):
-        """Sums, averaged over the ranks, and counts, as numbers."""
+        """Sums (averaged over the ranks) and counts, as numbers."""
         values = []
         if self.sums:
             values = average_over_ranks(torch.stack(list(self.sums.values()))).tolist()
@@ -362,35 +354,29 @@ class Meter:
         return {k: v / self.counts[k] for k, v in state["sums"].items()}
 
 
-# ------------------------------------------------------------------ what a checkpoint holds, checked
+# ----------------------------------------------------------------- what a checkpoint holds, checked
 
 def rng_states():
     """The state of torch's generator on every rank."""
-    own = torch.get_rng_state()
-    if not dist.is_initialized():
-        return [own]
-    states = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(states, own)
-    return states
+    return gather(torch.get_rng_state())
 
 
 def load_optimiser(optimiser, state):
-    """optimiser.load_state_dict(state) for Adam, whose fused step would write beyond moments of
-    another shape. Errors: ValueError."""
+    """Adam's load_state_dict. The fused step would write beyond moments of another shape. Errors:
+    ValueError."""
     optimiser.load_state_dict(state)
     for p, moments in optimiser.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             if moments[name].shape != p.shape or not moments[name].sum().isfinite():
                 raise ValueError("the optimiser's moments do not fit, or are not finite")
-            # in the parameter's memory layout, such as channels_last
+            # in the parameter's memory format, such as channels_last
             moments[name] = torch.empty_like(p, requires_grad=False).copy_(moments[name])
         if moments["step"].shape != ():
             raise ValueError("the optimiser's count of steps is not one number")
 
 
 def check_weights(module, run, prefix):
-    """Before a checkpoint: weights are finite (a bad gradient shows here before it shows in a loss)
-    and the same on all ranks."""
+    """Weights must be finite (a bad gradient shows here first) and the same on all ranks."""
     total = torch.stack([p.double().sum() for p in module.parameters()]).sum()
     low, high = total.clone(), total.clone()
     if dist.is_initialized():
@@ -411,7 +397,7 @@ def argument(kind, test, wanted):
         if not test(value):
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
         return value
-    parse.__name__ = kind.__name__  # argparse names it where `kind` fails
+    parse.__name__ = kind.__name__  # for argparse's message
     return parse
 
 
@@ -423,11 +409,10 @@ fraction = argument(float, lambda x: 0 <= x < 1, "in [0, 1)")
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows a script's docstring in --help; a bad flag is one line, like every mistake."""
+    """Shows a script's docstring in --help; a bad flag is a UserError."""
 
     def __init__(self, doc):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=doc, formatter_class=raw)
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -436,9 +421,9 @@ class Parser(argparse.ArgumentParser):
         """What both training scripts take."""
         add = self.add_argument
         add("--data", help="folder of images, one folder per class or flat; 'shapes': built in")
-        add("--val", help="folder of held-out images, which do not train (default: `val` beside a "
-                          "folder `train`, else 5%% of the files)")
-        add("--val-images", type=count, help="how many held-out images at most")
+        add("--val", help="folder of held-out images (default: `val` beside a folder `train`, else "
+                          "5%% of the files)")
+        add("--val-images", type=count, help="held-out images at most")
         add("--steps", type=count)
         add("--batch-size", type=count, help="global: over all ranks and micro-batches")
         add("--accum", type=count, default=1, help="micro-batches per step")
@@ -448,14 +433,13 @@ class Parser(argparse.ArgumentParser):
         add("--workers", type=index, help="loader processes per rank")
         add("--compile", action="store_true", help="torch.compile the blocks")
         add("--checkpointing", action="store_true",
-            help="recompute activations in the backward pass: less memory, slower")
-        add("--log-every", type=count, help="steps")
-        add("--save-every", type=count, help="steps")
-        add("--grid-every", type=count, help="steps")
+            help="recompute activations: less memory, slower")
+        for flag in ("--log-every", "--save-every", "--grid-every"):
+            add(flag, type=count, help="steps")
         add("--overwrite", action="store_true", help="start again, whatever is in --out")
 
     def fill(self, argv, presets):
-        """The arguments; those that were not given are the chosen --preset's."""
+        """The arguments; what is not given is the --preset's."""
         add = self.add_argument
         add("--preset", choices=presets, default="paper", help="default: %(default)s")
         add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
@@ -468,10 +452,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def describe(s, args, images, world):
-    """The line on images, batch and steps that a training script prints at its start."""
-    local, epoch = args.batch_size // world // args.accum, images / args.batch_size
+    """A training script's line on images, batch and steps."""
     return (f"  {images} images of {args.size} px, batch {args.batch_size} = {world} ranks x "
-            f"{args.accum} micro-batches x {local}, {epoch:.1f} steps an epoch, {s.steps} steps"
+            f"{args.accum} micro-batches x {args.batch_size // world // args.accum}, "
+            f"{images / args.batch_size:.1f} steps an epoch, {s.steps} steps"
             + (f", resuming at step {s.step}" if s.step else ""))
 
 
@@ -483,7 +467,7 @@ def check_batch_size(args, world):
 
 def launch(main):
     """Runs a script's main. A user's mistake is one line on stderr and exit status 1."""
-    with contextlib.suppress(AttributeError):  # not a stream of the system's
+    with contextlib.suppress(AttributeError):  # stdout may have been replaced
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         main()
@@ -493,8 +477,8 @@ def launch(main):
         sys.exit("error: interrupted")
     except RuntimeError as e:
         if str(e).startswith("DataLoader worker"):  # torch raises it anywhere in main
-            sys.exit("error: a process that loads images has died, for want of memory perhaps "
-                     f"(fewer --workers?): {e}")
+            sys.exit("error: a process that loads images has died (short of memory? fewer "
+                     f"--workers?): {e}")
         lost = any(words in str(e) for words in ("by peer", "Broken pipe", "Timed out"))
         if dist.is_initialized() and lost:  # gloo: a rank has left, and said why, or it hangs
             sys.exit("error: another rank has stopped")
@@ -506,10 +490,10 @@ def launch(main):
 
 
 def end_workers():
-    """Ends the loader's workers. They ignore SIGTERM (data.keep_loading), by which Python's exit
-    handler would ask them to end; it would then wait for them for ever."""
+    """Ends the loader's workers. Python's exit handler would send SIGTERM, which they ignore
+    (data.keep_loading), and wait for ever."""
     if workers := multiprocessing.active_children():
-        if hasattr(signal, "SIGCHLD"):  # torch's handler would raise, in place of what went wrong
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # torch's handler would raise, in place of what went wrong
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in workers:
             worker.kill()

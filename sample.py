@@ -1,5 +1,4 @@
-"""Draws images from a trained LightningDiT: noise at t = 1, the velocity followed down to t = 0, the
-latent decoded.
+"""Draws images from a trained LightningDiT: noise at t = 1, its velocity down to t = 0, decoded.
 
     dz/dt = v(z, t),  t: 1 -> 0 in N intervals, by Euler (N evaluations) or Heun (2N)
     guidance:  v = v_null + cfg (v_class - v_null)  for lo <= t <= hi, elsewhere v_class alone
@@ -10,16 +9,16 @@ A grid of the last generator in runs/dit:  python sample.py --preset tiny
 LightningDiT's published rule for guidance:
     python sample.py --cfg 10 --cfg-channels 3 --cfg-interval 0 0.89
 
-Time runs as in the paper: t = 0 data, t = 1 noise. LightningDiT's own runs the other way; its
-released checkpoints are read with --time lightning, and --latent-stats takes the statistics that
-they were trained with.
+Time runs as in the paper: t = 0 data, t = 1 noise. LightningDiT's runs the other way: its released
+checkpoints take --time lightning, and --latent-stats with the statistics of their training.
 
-Image i is a function of the seed and i alone. Batch size and number of processes change it only by
-the rounding of floating-point sums. The same command completes what is missing in --out.
+Image i is a function of the seed and i alone, but for the rounding of sums, which depends on batch
+size and number of processes. The same command completes what is missing in --out.
 
 Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 """
 import itertools
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +60,11 @@ def time_grid(steps, shift=1.0):
 
 class Velocity:
     """v(z, t) of a network for the classes y (B,), with classifier-free guidance; z (B, d, h, w),
-    t a number.
+    t a number. It counts the evaluations of the network per image.
 
     cfg: scale, 1 for none. interval: the times lo <= t <= hi with guidance. channels: how many are
     guided (None: all; 3: the rule behind LightningDiT's published scales). time: "paper", or
-    "lightning" for a network that has learned the other direction. It counts the evaluations of the
-    network per image."""
+    "lightning" for a network that has learned the other direction."""
 
     def __init__(self, model, y, cfg=1.0, interval=(0.0, 1.0), channels=None, time="paper"):
         self.model, self.y, self.channels, self.time = model, y, channels, time
@@ -75,10 +73,10 @@ class Velocity:
         self.conditional = self.unconditional = 0
 
     def network(self, z, t, y):
-        if self.time == "paper":
-            return self.model(z, torch.full((len(z),), t, device=z.device), y).float()
-        # v(z, t) = -v_lightning(z, 1 - t)
-        return -self.model(z, torch.full((len(z),), 1 - t, device=z.device), y).float()
+        lightning = self.time == "lightning"  # v(z, t) = -v_lightning(z, 1 - t)
+        times = torch.full((len(z),), 1 - t if lightning else t, device=z.device)
+        v = self.model(z, times, y).float()
+        return -v if lightning else v
 
     def __call__(self, z, t):
         self.conditional += 1
@@ -107,22 +105,18 @@ def integrate(velocity, z, times, method="euler"):
 @torch.no_grad()
 def generate(model, tokenizer, indices, labels, seed, times, method="euler", dtype=torch.float32,
              **guidance):
-    """Images (B, 3, H, W), about in [-1, 1], of the given indices. labels: the classes of all
-    images, or None. guidance: arguments of Velocity.
-
-    Returns also the evaluations of the network per image, (conditional, unconditional)."""
+    """Images (B, 3, H, W), about in [-1, 1], of the indices; and the network's evaluations per
+    image, (conditional, unconditional). labels: the classes of all images, or None. guidance:
+    arguments of Velocity."""
     device = tokenizer.latent_mean.device
     shape = (tokenizer.d, *model.arguments["grid"])
-    # one generator for each image: its noise is the same in any batch
+    # a generator for each image: its noise is the same in any batch
     z1 = np.stack([rng(seed, "noise", int(i)).standard_normal(shape, np.float32) for i in indices])
-    y = None
-    if labels is not None:
-        y = torch.from_numpy(labels[indices].astype(np.int64)).to(device)
+    y = None if labels is None else torch.from_numpy(labels[indices].astype(np.int64)).to(device)
     velocity = Velocity(model, y, **guidance)
     with runs.autocast(device, dtype):
         z0 = integrate(velocity, torch.from_numpy(z1).to(device), times, method)  # (B, d, h, w)
-    # in fp32: bf16 does not have the 256 levels of a pixel
-    images = tokenizer.decode(tokenizer.unnormalize(z0))
+    images = tokenizer.decode(tokenizer.unnormalize(z0))  # fp32: bf16 lacks a pixel's 256 levels
     return images, (velocity.conditional, velocity.unconditional)
 
 
@@ -131,8 +125,7 @@ def choose_labels(spec, num_classes, num, seed):
     such as 3,3,7, repeated. None for an unconditional model."""
     if not num_classes:
         if spec != "balanced":
-            raise UserError(f"--labels {spec}: this generator is unconditional, it knows no "
-                            "classes")
+            raise UserError(f"--labels {spec}: this generator is unconditional")
         return None
     if spec == "balanced":
         return np.arange(num) % num_classes
@@ -141,8 +134,8 @@ def choose_labels(spec, num_classes, num, seed):
     try:
         chosen = np.array([int(c) for c in spec.split(",")])
     except ValueError:
-        raise UserError(f"--labels takes balanced, random, or classes such as 3,3,7; "
-                        f"not {spec}") from None
+        raise UserError(
+            f"--labels takes balanced, random, or classes such as 3,3,7; not {spec}") from None
     if chosen.min() < 0 or chosen.max() >= num_classes:
         raise UserError(f"--labels {spec}: the generator's classes are 0 to {num_classes - 1}")
     return chosen[np.arange(num) % len(chosen)]
@@ -152,11 +145,11 @@ def choose_labels(spec, num_classes, num, seed):
 
 def load_dit(path):
     """(LightningDiT with the EMA weights, content of the file), of a checkpoint of train_dit.py or
-    an official one. Errors: UserError."""
+    an official one. Raises UserError."""
     content = load_file(path, "generator")
     state = content.get("ema")
     if not isinstance(state, dict) or "x_embedder.proj.weight" not in state:
-        raise UserError(f"{path} is no checkpoint of a LightningDiT: no weights under \"ema\"")
+        raise UserError(f'{path} is no checkpoint of a LightningDiT: no weights under "ema"')
     with reading(path, "checkpoint of a LightningDiT"):
         arguments = content.get("arguments") or dit_arguments(state)
         return build(LightningDiT, arguments, state, path).eval(), content
@@ -170,7 +163,7 @@ def load_pair(args):
     if tokenizer.d != model.d:
         raise UserError(f"the tokenizer {args.tokenizer} has {tokenizer.d} latent channels, the "
                         f"generator takes {model.d}")
-    if "recipe" in content:  # a checkpoint of train_dit.py knows the latents that it has learned
+    if "recipe" in content:  # a checkpoint of train_dit.py
         with reading(path, "generator"):
             learned = content["recipe"]["tokenizer"]
         found = fingerprint(tokenizer)
@@ -178,8 +171,8 @@ def load_pair(args):
             raise UserError(f"{path} was trained on the latents of another tokenizer ({learned}) "
                             f"than {args.tokenizer} ({found})")
     elif args.time is None:
-        raise UserError(f"{path} is an official checkpoint: say which way its time runs, --time "
-                        "lightning or paper")
+        raise UserError(f"{path} is an official checkpoint: "
+                        "say which way its time runs, --time lightning or paper")
     if args.latent_stats:
         statistics = load_file(args.latent_stats, "latent statistics")
         for name, buffer in (("mean", tokenizer.latent_mean), ("std", tokenizer.latent_std)):
@@ -194,8 +187,8 @@ def load_pair(args):
 
 
 def grid_rows(images, labels, width=8):
-    """Images (n, 3, H, W) as rows for save_grid: one class a row where each class has as many
-    images, and more than one."""
+    """Images (n, 3, H, W) as rows for save_grid: one class a row where all classes have the same
+    number of images, above 1."""
     if labels is not None:
         labels = labels[:len(images)]
         rows = [images[labels == c][:width] for c in np.unique(labels)]
@@ -207,7 +200,7 @@ def grid_rows(images, labels, width=8):
 
 
 def write_npz(path, draw, num, side, batch_size, recipe, overwrite):
-    """num images as path (.npz, arr_0 (num, H, W, 3) uint8, as the ADM evaluator reads it)."""
+    """num images as path: .npz, arr_0 (num, H, W, 3) uint8, as the ADM evaluator reads it."""
     array = BatchedArray(path, num, (*side, 3), np.uint8, recipe, overwrite)
     if array.complete:
         return
@@ -219,7 +212,7 @@ def write_npz(path, draw, num, side, batch_size, recipe, overwrite):
 
 def write_pngs(folder, draw, num, batch_size, recipe, overwrite, rank, world):
     """num images as folder/000000.png ..., each written atomically; those that are there stay. A
-    batch that lacks an image is drawn whole (see files.BatchedArray)."""
+    batch that lacks one is drawn whole (see files.BatchedArray)."""
     folder, held = Path(folder), None
     if rank == 0:
         try:
@@ -239,8 +232,7 @@ def write_pngs(folder, draw, num, batch_size, recipe, overwrite, rank, world):
     for batch in tqdm(order[rank::world], "sampling", disable=rank != 0, mininterval=1):
         for i, image in zip(batch, to_uint8(draw(batch))):
             if i in missing:
-                picture = Image.fromarray(image)
-                write_atomically(paths[i], lambda f, picture=picture: picture.save(f, "PNG"))
+                write_atomically(paths[i], partial(Image.fromarray(image).save, format="PNG"))
     runs.barrier()
     if rank == 0:
         held.close()
@@ -248,8 +240,7 @@ def write_pngs(folder, draw, num, batch_size, recipe, overwrite, rank, world):
 
 # -------------------------------------------------------------------------------- the command line
 
-# The defaults of the flags of the same name. shift: LightningDiT's s = 0.3, which is 1/s in the
-# paper's direction of time.
+# Defaults of the flags. shift: LightningDiT's s = 0.3 is 1/s in the paper's direction of time.
 PRESETS = {
     "tiny": {"num": 96, "steps": 25, "cfg": 3.0, "cfg_interval": (0.0, 1.0), "shift": 1.0,
              "batch_size": 96},
@@ -269,7 +260,7 @@ def parse(argv=None):
     add("--method", choices=["euler", "heun"], default="euler",
         help="heun: two evaluations a step (default: euler)")
     add("--shift", type=positive,
-        help="time shift a, 1 for none: a t / (1 + (a-1) t); 1/s for LightningDiT's s")
+        help="time shift a: a t / (1 + (a-1) t), 1 for none; 1/s for LightningDiT's s")
     add("--cfg", type=float, help="guidance scale, 1 for none")
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"),
         help="times (the paper's) with guidance")
@@ -278,28 +269,26 @@ def parse(argv=None):
     add("--labels", default="balanced",
         help="balanced, random, or classes such as 3,3,7 (default: %(default)s)")
     add("--seed", type=index, default=0)
-    add("--batch-size", type=count, help="images at once in one process; it changes nothing else")
+    add("--batch-size", type=count, help="images at once in one process")
     add("--out", help="NAME.npz (arr_0, for fid.py and the ADM evaluator) or a folder of PNGs")
-    add("--grid", help="a picture of the first images (default without --out: samples.png beside "
-                       "the generator)")
+    add("--grid", help="picture of the first images (without --out: samples.png by the generator)")
     add("--time", choices=["paper", "lightning"],
-        help="which way the generator's time runs; official: lightning")
-    add("--latent-stats", help="file with mean and std of an official checkpoint's latents "
-                               "(default: the tokenizer's)")
-    add("--overwrite", action="store_true", help="replace what other arguments have left in --out")
+        help="direction of the generator's time; official: lightning")
+    add("--latent-stats",
+        help="file: mean and std of an official checkpoint's latents (default: the tokenizer's)")
+    add("--overwrite", action="store_true", help="replace what other arguments left in --out")
     args = p.fill(argv, PRESETS)
     lo, hi = args.cfg_interval
     if not 0 <= lo <= hi <= 1:
-        raise UserError("--cfg-interval takes LO <= HI in [0, 1] (the paper's time, 0 is data), "
-                        f"not {lo:g} {hi:g}")
+        raise UserError(
+            f"--cfg-interval takes LO <= HI in [0, 1] (times, 0 is data), not {lo:g} {hi:g}")
     return args
 
 
 def last_dit(folder="runs/dit"):
     found = sorted(Path(folder).glob("dit_step*.pt"))
     if not found:
-        raise UserError(f"there is no generator in {folder}: run train_dit.py first, or give "
-                        "--dit CKPT")
+        raise UserError(f"no generator in {folder}: run train_dit.py first, or give --dit CKPT")
     return found[-1]
 
 

@@ -1,7 +1,7 @@
-"""What only the preset tiny needs: a data set of shapes that is drawn on the fly, and a small
-encoder that stands in for DINOv2, so that no download, no data set and no GPU is needed.
+"""What the preset tiny needs, to do without download, data set and GPU: shapes that are drawn on
+the fly, and a small encoder that stands in for DINOv2.
 
-The shapes' semantics is their outline (12 classes). Their colours and textures are details that a
+The shapes' semantics is their outline (12 classes). Colours and textures are details that a
 classifier of outlines may ignore, and that a tokenizer has to bring back.
 """
 import numpy as np
@@ -20,8 +20,9 @@ from runs import autocast, autocast_dtype, barrier
 
 def _ngon(n, inner=None):
     """A regular polygon in the unit circle; with `inner`, the inner radius, a star."""
-    angles = np.arange(n * (2 if inner else 1)) * 2 * np.pi / (n * (2 if inner else 1))
-    radii = np.where(np.arange(len(angles)) % 2, inner, 1.0) if inner else 1.0
+    n = 2 * n if inner else n
+    angles = np.arange(n) * 2 * np.pi / n
+    radii = np.where(np.arange(n) % 2, inner, 1.0) if inner else 1.0
     return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
 
 
@@ -75,7 +76,7 @@ class Shapes:
         colours = r.random((2, 2, 3))  # (ground or shape, its two colours, RGB)
         while colours[1, 0].mean() - colours[0, 0].mean() < 0.35:  # any hue, but a lighter shape
             colours = r.random((2, 2, 3))
-        # the two colours of a texture are close to each other
+        # a texture's two colours are close to each other
         colours[:, 1] = 0.75 * colours[:, 0] + 0.25 * colours[:, 1]
         ground, shape = (self._texture(r, a, b) for a, b in colours)
         radius, angle = S * r.uniform(0.32, 0.45), r.uniform(-0.3, 0.3)
@@ -109,24 +110,23 @@ class Shapes:
 def open_shapes(val, size, val_images):
     """(training shapes, held-out shapes), for --data shapes."""
     if val is not None:
-        raise UserError("--val goes with --data DIR: the built-in shapes have their own held-out "
-                        "images")
+        raise UserError("--val goes with --data DIR: the shapes have their own held-out images")
     return Shapes("train", size=size), Shapes("val", n=val_images, size=size)
 
 
 # ----------------------------------------------------------------------------- the stand-in encoder
 
 def pretrain_encoder(encoder, data, args, device):
-    """Trains a small encoder on the labels for a minute, as a STAND-IN for a foundation encoder.
+    """Trains a small encoder on the labels for a minute: a STAND-IN for a foundation encoder.
 
-    Mean patch token, one linear layer, cross-entropy. The colour channels are permuted at random,
-    as DINOv2's augmentations do more gently: the features learn shapes and not colours. That is the
-    gap which stage 2 has to close."""
+    Mean patch token, one linear layer, cross-entropy. The colour channels are permuted at random
+    (DINOv2's augmentations are gentler): the features learn shapes and not colours. That is the gap
+    which stage 2 has to close."""
     torch.manual_seed(args.seed)
     head = nn.Linear(encoder.dim, len(data.classes)).to(device)
     encoder.to(device).train()
-    parameters = [*encoder.parameters(), *head.parameters()]
-    optimiser = torch.optim.AdamW(parameters, 2e-3, (0.9, 0.99), weight_decay=0.05)
+    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], 2e-3, (0.9, 0.99),
+                                  weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, 2e-3, args.pretrain_steps, pct_start=0.15)
     order = ShuffledBatches(len(data), 64, (args.seed, "pretrain order"))
@@ -158,8 +158,8 @@ def stand_in_encoder(args, data, run, device):
     if path.exists() and not args.overwrite:
         check_same(load_file(path, "encoder").get("recipe", {}), recipe, path)
     elif run.rank == 0:
-        print("NOTE: the preset tiny has no foundation encoder. A small one of the DINOv2 class is "
-              "first trained on the labels, as a stand-in; its figures say nothing about DINOv2.")
+        print("NOTE: the preset tiny has no foundation encoder. A small stand-in is first trained "
+              "on the labels; its figures say nothing about DINOv2.")
         torch.manual_seed(args.seed)
         encoder = DINOv2(**ENCODERS["tiny14"])
         pretrain_encoder(encoder, data, args, device)

@@ -10,9 +10,9 @@ Eight GPUs, the paper's 80K steps:    torchrun --standalone --nproc_per_node 8 t
 The paper's 800 epochs:               ... train_dit.py --qk-norm --steps 1000000 --out runs/dit800
 
 A run is a folder, runs/dit: latents.npy (each image encoded once, as it is and flipped; normalised,
-fp16), the last two dit_step*.pt (they resume, and sample.py reads their EMA), log.csv, PNG grids
-drawn from the EMA. The same command resumes it. What an image meets in an epoch (flip, dropped
-label, t, z1) is a function of (seed, epoch, image).
+fp16), the last two dit_step*.pt (they resume, and sample.py reads their EMA), log.csv, PNG grids of
+the EMA. The same command resumes it. What an image meets in an epoch (flip, dropped label, t, z1)
+is a function of (seed, epoch, image).
 
 Departures from LightningDiT's code: the paper's direction of time; the gradient is clipped; the
 loader (FlowData) draws the noise and drops the labels.
@@ -111,15 +111,13 @@ def train(args, run, s, stream):
 
 def by_time(values, t):
     """Values (B,) at times t (B,) -> their sums and numbers (BINS,) in equal bins of [0, 1],
-    without waiting for the device. The loss varies more with t than over most of the training, so
-    only like compares with like."""
+    without waiting for the device. The loss varies more with t than over most of the training."""
     member = F.one_hot((t * BINS).long().clamp_max(BINS - 1), BINS).to(values.dtype)  # (B, BINS)
     return values @ member, member.sum(0)
 
 
 def averages(meter):
-    """A row of log.csv: the squared error in a bin of t is its sum over its number, over all
-    ranks."""
+    """A row of log.csv, over all ranks; a bin's squared error is its sum over its number."""
     mean = meter.average()
     row = {k: mean[k] for k in ("loss", "mse", "cosine")}
     for i, column in enumerate(COLUMNS[-BINS:]):
@@ -141,17 +139,16 @@ def sample_grid(s, args, path):
     save_grid(grid_rows(images.cpu(), labels), path)
 
 
-# ------------------------------------------------------------------------------------ latents, noise
+# ----------------------------------------------------------------------------------- latents, noise
 
 @torch.no_grad()
 def cached_latents(path, tokenizer, data, args, device):
-    """The normalised latents of all images, a read-only memory map (n, 2, d, h, w) fp16: each as
-    it is, and flipped.
+    """The normalised latents of all images, as they are and flipped: a read-only memory map
+    (n, 2, d, h, w) fp16.
 
-    Encoded once, by all ranks; after a stop it goes on with what is missing. In fp32, so that a
-    latent does not depend on the hardware's bf16. The file belongs to one tokenizer (its
-    fingerprint) and one data set (its file names, and the pixels of a few images): any other is
-    refused."""
+    Encoded once, by all ranks; after a stop, only what is missing. In fp32, so that a latent does
+    not depend on the hardware's bf16. The file belongs to one tokenizer (its fingerprint) and one
+    data set (its file names, and the pixels of a few images): any other is refused."""
     n, side = len(data), args.size // tokenizer.factor
     crops, pixels = Crops(data, args.size), hashlib.sha256()
     for i in np.linspace(0, n - 1, min(n, 8)).astype(int):
@@ -172,12 +169,12 @@ def cached_latents(path, tokenizer, data, args, device):
             x = torch.stack([x, x.flip(3)], dim=1).flatten(0, 1)  # (2B, 3, H, W)
             z = tokenizer.normalize(tokenizer.encode(x)).half()  # (2B, d, h, w)
             if not z.isfinite().all():
-                raise UserError(f"a latent of images {batch[0]} to {batch[-1]} is not finite in "
-                                "fp16")
+                raise UserError(
+                    f"a latent of images {batch[0]} to {batch[-1]} is not finite in fp16")
             array.write(batch, z.unflatten(0, (-1, 2)).cpu().numpy())
         array.finish()
-    # No checksum: reading ImageNet's 39 GiB would cost minutes, and a flipped bit is one value
-    with reading(path, "cache of latents (delete it, and it is made anew)"):
+    # no checksum: reading ImageNet's 39 GiB takes minutes, and a flipped bit is one value
+    with reading(path, "cache of latents (delete it to make it anew)"):
         latents = np.load(path, mmap_mode="r")
         if (latents.shape, latents.dtype) != ((n, *shape), np.float16):
             raise ValueError(f"it holds {latents.dtype} {latents.shape}")
@@ -188,7 +185,7 @@ def cached_latents(path, tokenizer, data, args, device):
 
 class FlowData(Dataset):
     """What a loader reads: item (epoch, i) is (x, y, normal, z1). x: the latent (d, h, w) of image
-    i, or, without `latents`, its pixels; original or flipped. y: its class, or K where the label is
+    i, or without `latents` its pixels, maybe flipped. y: its class, or K where the label is
     dropped. normal ~ N(0, 1) makes t. z1: noise (d, h, w)."""
 
     def __init__(self, data, latents, shape, num_classes, args):
@@ -209,9 +206,10 @@ class FlowData(Dataset):
                 x = to_tensor(to_pixels(center_crop(self.data.image(i), self.size)))
             except UserError as e:  # as text: a worker has no better way
                 return str(e)
-            x = x.flip(2) if flip else x
-        no_label = dropped or not self.num_classes
-        y = self.num_classes if no_label else self.data.labels[i]
+            if flip:
+                x = x.flip(2)
+        K = self.num_classes
+        y = K if dropped or not K else self.data.labels[i]
         return x, y, normal, z1
 
 
@@ -224,15 +222,12 @@ def set_up(args, run, data, device):
     if args.size % tokenizer.factor:
         raise UserError(f"--size must be divisible by {tokenizer.factor}, not {args.size}")
     K = len(data.classes) if data.labels and not args.unconditional else 0
-    side = args.size // tokenizer.factor
-    latents = None
-    if not args.no_cache:
-        path = args.cache or run.out / "latents.npy"
-        latents = cached_latents(path, tokenizer, data, args, device)
+    latents = None if args.no_cache else cached_latents(
+        args.cache or run.out / "latents.npy", tokenizer, data, args, device)
 
     torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))  # the same on every rank
-    model = LightningDiT(**DITS[args.model], d=tokenizer.d, num_classes=K, grid=(side, side),
-                         qk_norm=args.qk_norm).to(device)
+    model = LightningDiT(**DITS[args.model], d=tokenizer.d, num_classes=K, qk_norm=args.qk_norm,
+                         grid=[args.size // tokenizer.factor] * 2).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, args.lr, betas=(0.9, args.beta2), weight_decay=0, fused=True)
@@ -247,14 +242,13 @@ def set_up(args, run, data, device):
         shown=("mse", "cosine"), tokenizer=tokenizer, model=model, ema=ema, trained=trained,
         opt=opt, meter=runs.Meter(device), encode=latents is None, dtype=dtype,
         autocast=partial(runs.autocast, device, dtype))
-    # what a checkpoint holds; sample.py reads the EMA
-    s.networks, s.optimisers = {"model": model, "ema": ema}, {"opt": opt}
+    s.networks, s.optimisers = {"model": model, "ema": ema}, {"opt": opt}  # in a checkpoint
     return s, latents
 
 
 def training_latents(s, args, run, data, latents, world, device):
-    """The endless stream of (x, y, normal, z1) from the step on; wraps the network for DDP first,
-    and says what will train."""
+    """Wraps the network for DDP, says what will train, and returns the endless stream of
+    (x, y, normal, z1) from the step on."""
     if args.checkpointing:
         runs.checkpoint_activations(s.model)
     if args.compile:  # in place, so keys stay
@@ -305,7 +299,7 @@ def parse(argv=None):
     add("--w-cos", type=weight, default=1.0,
         help="weight of the velocity-direction loss (default: %(default)s)")
     add("--label-drop", type=fraction, default=0.1,
-        help="part of the labels dropped, for guidance (default: %(default)s)")
+        help="part of labels dropped, for guidance (default: %(default)s)")
     add("--cache", help="file of the latents (default: latents.npy in --out); runs may share it")
     add("--no-cache", action="store_true", help="encode every batch anew: no disk, more time")
     add("--encode-batch", type=count, help="images at once while the cache is made")
@@ -326,8 +320,7 @@ def main(argv=None):
             data, _ = open_folders(args.data, args.val, args.val_images)
         s, latents = set_up(args, run, data, device)
         run.resume(s)
-        stream = training_latents(s, args, run, data, latents, world, device)
-        train(args, run, s, stream)
+        train(args, run, s, training_latents(s, args, run, data, latents, world, device))
 
 
 if __name__ == "__main__":

@@ -5,18 +5,18 @@ Figure 2).
     stage 2  perceptual alignment  E_p, A, D train with L_rec + w_sp L_sp  details, not forgetting
     stage 3  decoder refinement    D alone trains with L_rec               sharper images
 
-CPU, minutes, nothing to download:  python train_tokenizer.py --preset tiny --stage all
-One GPU:                            python train_tokenizer.py --accum 8
-Eight GPUs, stage 2:                torchrun --standalone --nproc_per_node 8 train_tokenizer.py --stage 2
+CPU, minutes, no download:  python train_tokenizer.py --preset tiny
+One GPU:                    python train_tokenizer.py --accum 8
+Eight GPUs, stage 2:        torchrun --standalone --nproc_per_node 8 train_tokenizer.py --stage 2
 
 A run is a folder, runs/tokenizer: stage{1,2,3}.pt (each a whole tokenizer), the last two
 stage*_step*.pt of each stage (they resume), log.csv, PNG grids (originals above, reconstructions
-below). The same command resumes it. The paper's baselines are one stage each, --model vae and
---model vavae; their result is vae.pt or vavae.pt.
+below). The same command resumes it. The paper's baselines, --model vae and --model vavae, are one
+stage each; their result is vae.pt or vavae.pt.
 
 Choices where the paper is silent (README, "Choices"): batch, learning rate and discriminator are
-VA-VAE's; stages 2 and 3 have an EMA, which is their result; the step at which D begins is counted
-through all stages; D learns from the reconstructions of the micro-batch that G learns from.
+VA-VAE's; the result of stages 2 and 3 is an EMA; the step at which D begins is counted through all
+stages; D learns from the same reconstructions as G.
 
 Legend: B batch, H W image sides, N tokens, D width, d latent channels, h w latent sides.
 """
@@ -158,8 +158,7 @@ def update(s, args, gan):
 
 
 def train_stage(stage, args, run, data, held_out, lpips, device):
-    """One stage, from its start or its last checkpoint, to its final checkpoint: stage{N}.pt, or a
-    baseline's vae.pt or vavae.pt."""
+    """One stage, from its start or its last checkpoint, to its final checkpoint."""
     s = set_up_stage(stage, args, run, data, lpips, device)
     if resume_stage(s, args, run):
         return
@@ -179,7 +178,7 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
         update(s, args, gan)
     if run.rank == 0:
         finish_stage(s, args, data, held_out, device, run.out / f"{s.prefix}.pt")
-    runs.barrier(hours=12)  # the other ranks wait, for longer than a collective may take
+    runs.barrier(hours=12)  # the other ranks wait longer than a collective may take
 
 
 # ------------------------------------------------------------------------------- the end of a stage
@@ -237,8 +236,7 @@ def reconstruction_grid(tokenizer, held_out, args, device, path):
 # ------------------------------------------------------------------------------ setting up a stage
 
 def set_up_stage(stage, args, run, data, lpips, device):
-    """The stage's networks, optimisers and EMA; and its recipe, the arguments that a resume must
-    repeat."""
+    """The stage's networks, optimisers, EMA and recipe: the arguments that a resume must repeat."""
     if stage in (0, 1):
         start = start_from_encoder(stage, args, data, run, device)
     else:
@@ -253,9 +251,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
             part.requires_grad_(True).train()
     if stage == 2:
         tokenizer.encoder.mask_token.requires_grad_(False)  # no forward reads it
-    ema = None
-    if STAGES[stage]["ema"]:
-        ema = copy.deepcopy(tokenizer).requires_grad_(False).eval()
+    ema = copy.deepcopy(tokenizer).requires_grad_(False).eval() if STAGES[stage]["ema"] else None
 
     encoder_lr = args.encoder_lr if stage == 2 else args.lr
     groups = [{"params": [p for p in part.parameters() if p.requires_grad],
@@ -265,7 +261,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
     opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
     if start.opt_d:
         opt_d.load_state_dict(start.opt_d)
-        opt_d.param_groups[0]["lr"] = args.lr  # the state brings that of the stage before
+        opt_d.param_groups[0]["lr"] = args.lr  # the state has that of the stage before
 
     dtype = runs.autocast_dtype(args.dtype, device)
     recipe = {"model": args.model, "stage": stage, "dtype": str(dtype).removeprefix("torch."),
@@ -282,8 +278,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
         shown=("rec", "sp", "d_loss"), tokenizer=tokenizer, discriminator=discriminator,
         reference=start.reference, ema=ema, lpips=lpips, opt_g=opt_g, opt_d=opt_d,
         meter=runs.Meter(device), autocast=partial(runs.autocast, device, dtype))
-    # what a checkpoint holds
-    s.networks = {"tokenizer": tokenizer, "discriminator": discriminator}
+    s.networks = {"tokenizer": tokenizer, "discriminator": discriminator}  # in a checkpoint
     if ema is not None:
         s.networks["ema"] = ema
     s.optimisers = {"opt_g": opt_g, "opt_d": opt_d}
@@ -294,22 +289,20 @@ def set_up_stage(stage, args, run, data, lpips, device):
 
 def start_from_encoder(stage, args, data, run, device):
     """Stage 1 starts from E_p, a baseline from random weights."""
-    if args.init:
-        raise UserError("--init continues from an earlier stage: it goes with --stage 2 or 3")
     seed_torch(args.seed, "encoder")  # for random:NAME
-    encoder = None
-    if args.encoder == "tiny14" and args.model != "vae":
+    if args.model == "vae":
+        encoder = None
+    elif args.encoder == "tiny14":
         encoder, arguments = toy.stand_in_encoder(args, data, run, device)
-    elif args.model != "vae":
+    else:
         with runs.rank_0_first():
             encoder, arguments = load_encoder(args.encoder)
     seed_torch(args.seed, "init")  # the same on every rank, whatever E_p is
     discriminator = losses.PatchGAN(args.disc_ch)
     if stage == 0:
-        vf_dim = encoder and encoder.dim
-        tokenizer = baselines.VAE(DECODERS[args.decoder], d=args.d, vf_dim=vf_dim)
+        tokenizer = baselines.VAE(DECODERS[args.decoder], args.d, encoder and encoder.dim)
     else:
-        tokenizer = Tokenizer(arguments, DECODERS[args.decoder], d=args.d)
+        tokenizer = Tokenizer(arguments, DECODERS[args.decoder], args.d)
         tokenizer.encoder.load_state_dict(encoder.state_dict())
         encoder = None
     return SimpleNamespace(tokenizer=tokenizer, discriminator=discriminator, reference=encoder,
@@ -317,20 +310,20 @@ def start_from_encoder(stage, args, data, run, device):
 
 
 def start_from_stage_before(stage, args, run):
-    """Stages 2 and 3 start from the final checkpoint of the stage before: its EMA, where it has
-    one. Stage 2 keeps a frozen copy of encoder and adapter: the reference of L_sp."""
+    """Stages 2 and 3 start from the final checkpoint of the stage before (its EMA, if any). Stage 2
+    keeps a frozen copy of encoder and adapter: the reference of L_sp."""
     path = Path(args.init or run.out / f"stage{stage - 1}.pt")
     if not path.exists():
-        raise UserError(f"stage {stage} continues from stage {stage - 1}, but there is no {path}: "
-                        f"run --stage {stage - 1} first, or give --init CKPT")
+        raise UserError(
+            f"there is no {path}: run --stage {stage - 1} first, or give --init CKPT")
     content = load_file(path)
     if not {"discriminator", "arguments", "total_steps"} <= content.keys():
-        raise UserError(f"{path} is not the final checkpoint of a stage (expected "
-                        f"stage{stage - 1}.pt)")
+        raise UserError(
+            f"{path} is not the final checkpoint of a stage (expected stage{stage - 1}.pt)")
     with reading(path, "checkpoint"):
         if content["stage"] != stage - 1:
-            raise UserError(f"{path} is of stage {content['stage']}; stage {stage} continues from "
-                            f"stage {stage - 1}")
+            raise UserError(f"{path} is of stage {content['stage']}; "
+                            f"stage {stage} continues from stage {stage - 1}")
         wanted = {"decoder": args.decoder, "d": args.d, "disc_ch": args.disc_ch}
         if args.encoder_given:
             wanted["encoder"] = args.encoder
@@ -339,7 +332,6 @@ def start_from_stage_before(stage, args, run):
         tokenizer = build(Tokenizer, content["arguments"], content["tokenizer"], path)
         discriminator = losses.PatchGAN(args.disc_ch)
         load_strictly(discriminator, content["discriminator"], path)
-        # does it fit?
         adam = torch.optim.Adam(discriminator.parameters(), fused=True)
         runs.load_optimiser(adam, content["opt_d"])  # raises where it does not fit
         steps = operator.index(content["total_steps"])
@@ -356,8 +348,8 @@ def seed_torch(*key):
 
 
 def training_images(s, args, data, device):
-    """The endless stream of (x, label), for a baseline (x, label, noise), from the stage's step
-    on; wraps the networks for DDP first."""
+    """Wraps the networks for DDP and returns the endless stream of (x, label), for a baseline
+    (x, label, noise), from the stage's step on."""
     if args.checkpointing:
         runs.checkpoint_activations(s.tokenizer)
     if args.compile:  # in place, so keys stay; by blocks, so the last layers' gradients are cheap
@@ -365,8 +357,7 @@ def training_images(s, args, data, device):
             block.compile()
     s.ddp_tokenizer = runs.wrap(s.tokenizer, device)
     s.ddp_discriminator = runs.wrap(s.discriminator, device)
-    side = args.size // s.tokenizer.factor
-    noise = None if s.stage else (args.d, side, side)
+    noise = None if s.stage else (args.d, *[args.size // s.tokenizer.factor] * 2)
     crops = Crops(data, args.size, (args.seed, "augment", s.stage), noise)
     order = ShuffledBatches(len(data), args.batch_size, (args.seed, "order", s.stage), s.step,
                             args.accum, args.rank, args.world)
@@ -374,19 +365,19 @@ def training_images(s, args, data, device):
 
 
 def describe_stage(s, args, data, device):
-    trained, frozen, in_d = (sum(p.numel() for p in parameters) for parameters in (
-        [p for p in s.tokenizer.parameters() if p.requires_grad],
-        [p for p in s.tokenizer.parameters() if not p.requires_grad],
-        s.discriminator.parameters()))
-    parts = [name for name, _ in s.tokenizer.named_children()]
-    trains = [name for name in parts if name in STAGES[s.stage]["trains"]]
+    sizes = {True: 0, False: 0}  # trained, frozen
+    for p in s.tokenizer.parameters():
+        sizes[p.requires_grad] += p.numel()
+    in_d = sum(p.numel() for p in s.discriminator.parameters())
+    trains = [name for name, _ in s.tokenizer.named_children()
+              if name in STAGES[s.stage]["trains"]]
     name = f"stage {s.stage}" if s.stage else args.model
     weights = f"w_sp {args.w_sp:g}"
     if not s.stage:
         weights = f"w_kl {args.w_kl:g}, w_vf {args.w_vf * (args.model == 'vavae'):g}"
     print_0(
-        f"\n{name}, {STAGES[s.stage]['name']}: {' '.join(trains)} train, {trained / 1e6:.2f}M "
-        f"parameters; {frozen / 1e6:.2f}M frozen; discriminator {in_d / 1e6:.2f}M\n"
+        f"\n{name}, {STAGES[s.stage]['name']}: {' '.join(trains)} train, {sizes[True] / 1e6:.2f}M "
+        f"parameters; {sizes[False] / 1e6:.2f}M frozen; discriminator {in_d / 1e6:.2f}M\n"
         f"{runs.describe(s, args, len(data), args.world)}\n"
         f"  {device.type}, {s.recipe['dtype']}, w_p {args.w_p:g}, w_g {args.w_g:g} from step "
         f"{args.disc_start} of all stages, {weights}")
@@ -409,18 +400,16 @@ def resume_stage(s, args, run):
         if done["step"] >= s.steps:
             print_0(f"{s.prefix} is complete: {final}")
             return True
-    if final.exists() and not run.checkpoints(s.prefix):
-        raise UserError(f"{final} is at step {done['step']} of {s.steps}, but the "
-                        f"{s.prefix}_step*.pt to resume from are gone; --overwrite starts the "
-                        "stage again")
+        if not run.checkpoints(s.prefix):
+            raise UserError(f"{final} is at step {done['step']} of {s.steps}, but its "
+                            f"{s.prefix}_step*.pt are gone; --overwrite starts the stage again")
     run.resume(s, stage=(s.stage,))
     return False
 
 
 # -------------------------------------------------------------------------------- the command line
 
-# The defaults of the flags of the same name. size: image side in px; disc_ch: width of the
-# discriminator; steps: of stages 1, 2, 3.
+# Defaults of the flags. size: px; disc_ch: the discriminator's width; steps: of stages 1, 2, 3.
 PRESETS = {
     "tiny": {
         "size": 64, "encoder": "tiny14", "decoder": "tiny", "disc_ch": 16, "data": "shapes",
@@ -440,7 +429,7 @@ def parse(argv=None):
     p = runs.Parser(__doc__)
     add = p.add_argument
     add("--model", choices=["aligntok", "vae", "vavae"], default="aligntok",
-        help="vae, vavae: the paper's baselines, as many steps as the stages together")
+        help="vae, vavae: the paper's baselines, for the steps of all stages together")
     add("--stage", choices=["1", "2", "3", "all"], default="all",
         help="of aligntok (default: %(default)s)")
     add("--init", help="the stage before's final checkpoint (default: in --out)")
@@ -448,8 +437,8 @@ def parse(argv=None):
     p.training_flags()
     add("--lr", type=positive, help="of Adam, for G and D")
     add("--encoder-lr", type=positive, help="of E_p in stage 2 (default: --lr)")
-    add("--encoder", help="stage 1, vavae: vits14 ... vitg14, with _reg4, or a DINOv2 file, or "
-                          "random:NAME")
+    add("--encoder",
+        help="stage 1, vavae: vits14 ... vitg14, with _reg4, a DINOv2 file, or random:NAME")
     add("--d", type=count, default=32, help="latent channels (default: %(default)s)")
     add("--vgg16", help="torchvision's VGG16 file, for L_perceptual")
     add("--lpips-heads", help="LPIPS v0.1 VGG heads, for L_perceptual")
@@ -466,12 +455,10 @@ def parse(argv=None):
         help="vavae: weight of the VF loss, times its adaptive weight (default: %(default)s)")
     add("--vf-margins", type=weight, nargs=2, default=[0.5, 0.25], metavar=("M_COS", "M_DIST"),
         help="vavae: m_cos and m_dist of the VF loss (default: %(default)s)")
-    add("--disc-start", type=index,
-        help="step, counted through the stages, at which the GAN begins")
+    add("--disc-start", type=index, help="step, counted through the stages, that begins the GAN")
     add("--encode-images", "--probe-images", type=count,
-        help="training images at the end of a stage, for the latent statistics and the probe")
-    add("--check-data", action="store_true",
-        help="decode every image first, and name the unreadable ones")
+        help="training images for a stage's latent statistics and probe")
+    add("--check-data", action="store_true", help="first name the images that cannot be decoded")
     args = p.fill(argv, PRESETS)
 
     args.encoder_given = "encoder" in args.given
@@ -482,7 +469,7 @@ def parse(argv=None):
     args.steps_of = dict(zip(STAGES, steps))
     if args.size % 16 or args.size < 32:  # 32: the least that PatchGAN takes
         raise UserError(f"--size must be divisible by 16 and at least 32, not {args.size}")
-    if args.stage == "all" and args.init:
+    if args.stage in ("1", "all") and args.init:
         raise UserError("--init continues from an earlier stage: it goes with --stage 2 or 3")
     baseline = args.model != "aligntok"
     if baseline and args.stage != "all" or args.model == "vae" and args.encoder_given:
@@ -509,13 +496,12 @@ def main(argv=None):
         with runs.rank_0_first():
             lpips = load_lpips(args.vgg16, args.lpips_heads)[0].to(device)
     elif args.preset == "tiny":
-        print_0("w_p = 0: no perceptual loss (give --vgg16 and --lpips-heads to turn it on)")
+        print_0("w_p = 0: no perceptual loss (it takes --vgg16 and --lpips-heads)")
     began = time.time()
     with runs.Run(args.out, args.rank, COLUMNS) as run:
         for stage in stages:
             train_stage(stage, args, run, data, held_out, lpips, device)
-    minutes = (time.time() - began) / 60
-    print_0(f"done in {minutes:.1f} min; pictures and log.csv in {args.out}")
+    print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
 
 
 if __name__ == "__main__":
