@@ -445,7 +445,7 @@ def load_tokenizer(path, *systems, content=None):
     content = content or load_file(path, "tokenizer")
     if "opt_g" in content:
         raise UserError(f"{path} is a checkpoint to resume from, without EMA and statistics: take "
-                        "the final one")
+                        "the stage's final one")
     with reading(path, "tokenizer"):
         if "encoder" in content.get("arguments", {}):
             return build(Tokenizer, content["arguments"], content["tokenizer"], path).eval()
