@@ -115,7 +115,7 @@ class VAE(LatentSpace):
         return [*self.encoder.down, *self.decoder.up]
 
 
-# -------------------------------------------------------------------------------------- the losses
+# ---- the losses
 
 # KL(N(mean, var) || N(0, I))
 def kl_divergence(moments):

@@ -30,7 +30,7 @@ def rng(*key):
     return np.random.default_rng([k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key])
 
 
-# ------------------------------------------------------------------------------------ image files
+# ---- image files
 
 # Known by their content, whatever the name; no PostScript, which is a program
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -103,7 +103,7 @@ def to_rgb(img):
     return img if img.mode == "RGB" else img.convert("RGB")
 
 
-# ------------------------------------------------------------------------------ the preprocessing
+# ---- the preprocessing
 
 def center_crop(img, size):
     """ADM's centre crop, for evaluation and latents: halved by a box filter while twice too large,
@@ -152,7 +152,7 @@ def save_grid(rows, path):
     write_atomically(path, lambda f: picture.save(f, "PNG"))
 
 
-# ------------------------------------------------------------------------------- folders and labels
+# ---- folders and labels
 
 def list_images(root):
     """All image files below a folder, sorted by name."""
@@ -221,7 +221,7 @@ def open_folders(data, val, val_images):
     return train, held_out
 
 
-# --------------------------------------------------------------------------------- order, loaders
+# ---- order, loaders
 
 class Crops(Dataset):
     """What a loader reads: item (epoch, i) is image i as uint8 (3, size, size), randomly cropped

@@ -72,7 +72,7 @@ INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-# ------------------------------------------------------------------------------------- the networks
+# ---- the networks
 
 def average_pool(x):
     """TensorFlow's 3x3 average does not count the padding; torchvision's does."""
@@ -237,7 +237,7 @@ def load_network(args, device):
     return FeatureNetwork(*fields)
 
 
-# ---------------------------------------------------------------------------- a set against another
+# ---- a set against another
 
 class FeatureStatistics:
     """Mean mu (D,) and covariance sigma (D, D) of n images' features, summed by batches in fp64,
@@ -391,7 +391,7 @@ def kid(ref, samples, subsets=100, size=1000, seed=2020):
     return float(np.mean(values)), float(np.std(values)), size
 
 
-# ----------------------------------------------------------------------------------- of a tokenizer
+# ---- of a tokenizer
 
 # 10 log10 (2^2 / MSE)
 def psnr(x, y):
@@ -483,7 +483,7 @@ def linear_probe(train_x, train_y, val_x, val_y):
         return 100 * (linear(val_x).argmax(1) == val_y).float().mean().item()
 
 
-# ------------------------------------------------------------------------------------------- images
+# ---- images
 
 def read_header(f, size):
     """(shape, dtype) by the header of an .npy file of `size` bytes, open at its start. ValueError
@@ -613,7 +613,7 @@ class ImageSet:
                     yield torch.stack(images), torch.tensor([i for _, i in items])
 
 
-# ----------------------------------------------------------------------------------------- commands
+# ---- commands
 
 class Report:
     """The figures, each with its sources, as a table and as JSON. inputs: what was compared."""
@@ -865,7 +865,7 @@ def probe(args, rank, world, device):
     report.write(args.json)
 
 
-# --------------------------------------------------------------------------------- the command line
+# ---- the command line
 
 def parse(argv=None, judge=None):
     p = Parser(__doc__)

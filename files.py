@@ -64,7 +64,7 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# ----------------------------------------------------------------------------------------- reading
+# ---- reading
 
 @contextlib.contextmanager
 def reading(path, kind):
@@ -162,7 +162,7 @@ def check_same(then, now, path, advice="repeat them, choose another --out, or --
         raise UserError(f"{path} was made with other arguments ({', '.join(changed)}); {advice}")
 
 
-# ----------------------------------------------------------------------------------------- writing
+# ---- writing
 
 def write_atomically(path, write):
     """Calls write(file) on a temporary file and then renames it to `path`."""
@@ -328,7 +328,7 @@ class BatchedArray:
             dist.barrier()
 
 
-# ------------------------------------------------------------------------------- external weights
+# ---- external weights
 
 def find_weights(url, digest, flag, file=None):
     """Path of an external weight file: `file` if given, else in torch hub's cache, downloaded to
@@ -433,7 +433,7 @@ def load_encoder(spec):
     return build(DINOv2, found, state, path), found
 
 
-# ------------------------------------------------------------------- tokenizers and generators
+# ---- tokenizers and generators
 
 def load_tokenizer(path, *systems, content=None):
     """The tokenizer in a stage's final checkpoint, on the CPU, in eval mode. Errors: UserError.

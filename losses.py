@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# --------------------------------------------------------------------------- Eq. 1: reconstruction
+# ---- Eq. 1: reconstruction
 
 # L1(x, x^) + w_p L_perceptual
 def reconstruction_loss(x, recon, lpips, w_p):
@@ -64,7 +64,7 @@ def linearised(loss, recon):
     return (torch.autograd.grad(loss, recon)[0] * recon).sum()
 
 
-# ------------------------------------------------------------------ stage 2: semantic preservation
+# ---- stage 2: semantic preservation
 
 # L_sp = L2(z0*, z0)
 def semantic_preservation(z0, z0_ref, kind="l2", dim=1):
@@ -80,7 +80,7 @@ def semantic_preservation(z0, z0_ref, kind="l2", dim=1):
     return F.mse_loss(z0, z0_ref)
 
 
-# -------------------------------------------------------------------- the generator: flow matching
+# ---- the generator: flow matching
 
 def logit_normal(normal):
     """N(0, 1) -> t = sigmoid(normal) in (0, 1): the middle of the path, where the velocity is
@@ -108,7 +108,7 @@ def flow_matching(model, z0, z1, t, y, w_cos=0.0):
     return mse.mean() + w_cos * cosine, mse.detach(), cosine.detach()
 
 
-# -------------------------------------------------------------------- the two networks behind Eq. 1
+# ---- the two networks behind Eq. 1
 
 class LPIPS(nn.Module):
     """L_perceptual: LPIPS v0.1 with VGG16 (Zhang et al. 2018); equals the package `lpips`
@@ -184,7 +184,7 @@ class PatchGAN(nn.Module):
         return self.main(x.contiguous(memory_format=torch.channels_last))
 
 
-# ------------------------------------------------------------- over the ranks of a distributed run
+# ---- over the ranks of a distributed run
 
 def average_over_ranks(t):
     """The mean of a tensor over all ranks, in place; without torchrun the tensor itself."""

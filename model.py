@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ------------------------------------------------------------------------------------------ DINOv2
+# ---- DINOv2
 
 def attention(q, k, v):
     """Softmax attention of (B, heads, N, D/heads); the kernels keep the softmax in fp32.
@@ -196,7 +196,7 @@ class DINOv2(nn.Module):
         return self(x)[1]
 
 
-# ----------------------------------------------------------------------------------------- adapter
+# ---- adapter
 
 class Adapter(nn.Module):
     """A: a two-layer MLP takes each patch token from the encoder's width D to d channels."""
@@ -210,7 +210,7 @@ class Adapter(nn.Module):
         return self.fc2(F.gelu(self.fc1(tokens)))
 
 
-# ------------------------------------------------------- the convolutional decoder of LDM, VA-VAE
+# ---- the convolutional decoder of LDM, VA-VAE
 
 class GroupNorm(nn.GroupNorm):
     """GroupNorm of 32 groups, or fewer where a group would have less than four channels: with one
@@ -340,7 +340,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
 
 
-# --------------------------------------------------------------------------------------- tokenizer
+# ---- tokenizer
 
 class LatentSpace(nn.Module):
     """What the generator needs of any tokenizer: the statistics of its latents, as the buffers
@@ -422,7 +422,7 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_([e for e, _ in pairs], [p for _, p in pairs], 1 - decay)
 
 
-# ------------------------------------------------------------------------------------ LightningDiT
+# ---- LightningDiT
 
 def sincos_embedding(h, w, dim, device=None):
     """The fixed position embedding (1, h*w, D): the first D/2 dimensions encode the column, the
@@ -627,7 +627,7 @@ class LightningDiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, d, H, W)
 
 
-# ------------------------------------------------------------------------------------- named sizes
+# ---- named sizes
 
 # Arguments of DINOv2; name_reg4, the register variants, add registers=4.
 ENCODERS = {

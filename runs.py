@@ -47,7 +47,7 @@ with contextlib.suppress(AttributeError):  # another C library
     ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
 
 
-# ------------------------------------------------------------------------------------------- ranks
+# ---- ranks
 
 def setup_ranks():
     """(rank, world size, device). Under torchrun it joins the process group."""
@@ -124,7 +124,7 @@ def checkpoint_activations(model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-# ----------------------------------------------------------------------------------- a run's folder
+# ---- a run's folder
 
 class Run:
     """A folder with log.csv and checkpoints PREFIX_step*.pt, of which the last two are kept. Rank 0
@@ -354,7 +354,7 @@ class Meter:
         return {k: v / self.counts[k] for k, v in state["sums"].items()}
 
 
-# ----------------------------------------------------------------- what a checkpoint holds, checked
+# ---- what a checkpoint holds, checked
 
 def rng_states():
     """The state of torch's generator on every rank."""
@@ -388,7 +388,7 @@ def check_weights(module, run, prefix):
                         f"{run.last_good(prefix)}")
 
 
-# -------------------------------------------------------------------------------- the command line
+# ---- the command line
 
 def argument(kind, test, wanted):
     """A type for argparse: a number that passes a test."""

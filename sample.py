@@ -49,7 +49,7 @@ from files import (
 from model import LightningDiT
 from runs import count, index, positive
 
-# ------------------------------------------------------------------------------------- the sampler
+# ---- the sampler
 
 def time_grid(steps, shift=1.0):
     """steps + 1 times from 1 (noise) to 0 (data). A shift a > 1 puts more of them near noise:
@@ -141,7 +141,7 @@ def choose_labels(spec, num_classes, num, seed):
     return chosen[np.arange(num) % len(chosen)]
 
 
-# ----------------------------------------------------------------------------- checkpoints, results
+# ---- checkpoints, results
 
 def load_dit(path):
     """(LightningDiT with the EMA weights, content of the file), of a checkpoint of train_dit.py or
@@ -238,7 +238,7 @@ def write_pngs(folder, draw, num, batch_size, recipe, overwrite, rank, world):
         held.close()
 
 
-# -------------------------------------------------------------------------------- the command line
+# ---- the command line
 
 # Defaults of the flags. shift: LightningDiT's s = 0.3 is 1/s in the paper's direction of time.
 PRESETS = {

@@ -852,8 +852,8 @@ def kill_until_complete(r, out, *command, most):
         if process.returncode != -signal.SIGKILL:
             assert process.returncode == 0, text[-3000:]
             return hit
-        where = re.findall("killed: ([a-z-]+) (.*)", text) if aimed else [("any", "")]
-        hit[where[0][0], re.sub("[0-9]+", "*", where[0][1])] += 1
+        (what, name), = re.findall("killed: ([a-z-]+) (.*)", text) or [("any", "")]
+        hit[what, re.sub("[0-9]+", "*", name)] += 1
 
 
 def slow_kills():

@@ -16,7 +16,7 @@ from files import UserError, check_same, load_encoder, load_file, save_checkpoin
 from model import ENCODERS, DINOv2
 from runs import autocast, autocast_dtype, barrier
 
-# --------------------------------------------------------------------------------- built-in shapes
+# ---- built-in shapes
 
 def _ngon(n, inner=None):
     """A regular polygon in the unit circle; with `inner`, the inner radius, a star."""
@@ -114,7 +114,7 @@ def open_shapes(val, size, val_images):
     return Shapes("train", size=size), Shapes("val", n=val_images, size=size)
 
 
-# ----------------------------------------------------------------------------- the stand-in encoder
+# ---- the stand-in encoder
 
 def pretrain_encoder(encoder, data, args, device):
     """Trains a small encoder on the labels for a minute: a STAND-IN for a foundation encoder.

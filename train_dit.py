@@ -64,7 +64,7 @@ COLUMNS = ["step", "loss", "mse", "cosine", "grad_norm",
            *(f"mse_t{i / BINS:g}-{(i + 1) / BINS:g}" for i in range(BINS))]
 
 
-# ---------------------------------------------------------------------------------------- training
+# ---- training
 
 def training_step(batch, s, args, last):
     """One micro-batch: backward through the flow-matching loss. batch: (z0, or with --no-cache the
@@ -139,7 +139,7 @@ def sample_grid(s, args, path):
     save_grid(grid_rows(images.cpu(), labels), path)
 
 
-# ----------------------------------------------------------------------------------- latents, noise
+# ---- latents, noise
 
 @torch.no_grad()
 def cached_latents(path, tokenizer, data, args, device):
@@ -213,7 +213,7 @@ class FlowData(Dataset):
         return x, y, normal, z1
 
 
-# ------------------------------------------------------------------------------------------ set up
+# ---- set up
 
 def set_up(args, run, data, device):
     """(networks, optimiser, EMA and recipe; the latents or None)."""
@@ -267,7 +267,7 @@ def training_latents(s, args, run, data, latents, world, device):
     return batches(FlowData(data, latents, shape, K, args), order, args.workers, device)
 
 
-# -------------------------------------------------------------------------------- the command line
+# ---- the command line
 
 # The defaults of the flags of the same name. size: image side in px.
 PRESETS = {

@@ -181,7 +181,7 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
     runs.barrier(hours=12)  # the other ranks wait longer than a collective may take
 
 
-# ------------------------------------------------------------------------------- the end of a stage
+# ---- the end of a stage
 
 def finish_stage(s, args, data, held_out, device, path):
     """The stage's result is its EMA, where it has one: computes its latent statistics, validates it
@@ -233,7 +233,7 @@ def reconstruction_grid(tokenizer, held_out, args, device, path):
     save_grid([x, tokenizer.decode(tokenizer.encode(x))], path)
 
 
-# ------------------------------------------------------------------------------ setting up a stage
+# ---- setting up a stage
 
 def set_up_stage(stage, args, run, data, lpips, device):
     """The stage's networks, optimisers, EMA and recipe: the arguments that a resume must repeat."""
@@ -383,7 +383,7 @@ def describe_stage(s, args, data, device):
         f"{args.disc_start} of all stages, {weights}")
 
 
-# -------------------------------------------------------------------------------- stop and resume
+# ---- stop and resume
 
 COLUMNS = ["stage", "step", "l1", "perceptual", "rec", "g_loss", "adaptive", "sp", "sp_to_var",
            "kl", "vf", "vf_adaptive", "d_loss", "d_real", "d_fake"]
@@ -407,7 +407,7 @@ def resume_stage(s, args, run):
     return False
 
 
-# -------------------------------------------------------------------------------- the command line
+# ---- the command line
 
 # Defaults of the flags. size: px; disc_ch: the discriminator's width; steps: of stages 1, 2, 3.
 PRESETS = {
