@@ -5,11 +5,6 @@ it trains.
     VAE       L_rec + w_kl KL(q(z|x) || N(0, I))
     VA-VAE    the same + w_vf VF(z', F)
 
-Top to bottom: the LDM encoder; the VAE, with the official keys; the two losses; the objective.
-
-Choices: latents are encoded by their mean, not by a sample; the VF loss sees the sampled latents
-and correctly normalised images (VA-VAE's published code gave DINOv2 images in [-1, 1]).
-
 Legend: B batch, H W image sides, h w latent sides, N = h*w tokens, D width of the foundation
 encoder, d latent channels.
 """

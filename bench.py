@@ -2,9 +2,9 @@
 
     python bench.py --rows encoder decoder
 
-The sides of a row take turns (a round is ours, peer, peer, ours): the machine's moods hit them
-alike. A turn runs the work twice and times the second. Ratios are the other's median time over
-ours. Ours runs in --dtype auto and in fp32; the peers that can be imported in fp32, as they come.
+The sides of a row take turns (a round is ours, peer, peer, ours). A turn runs the work twice
+and times the second. Ratios are the other's median time over ours. Ours runs in --dtype auto and in
+fp32, the peers in fp32.
 """
 import argparse
 import importlib.util

@@ -2,8 +2,8 @@
 
     files -> uint8 pixels (3, H, W) -> float in [-1, 1] on the device
 
-All randomness is a function of (seed, purpose, stage, epoch, image): neither a resume nor the
-number of workers or ranks changes what a step sees.
+All randomness is a function of (seed, purpose, stage, epoch, image): neither a resume nor
+workers or ranks change it.
 """
 import contextlib
 import hashlib

@@ -5,8 +5,6 @@ Of a tokenizer: rFID, PSNR, SSIM, LPIPS, and the linear probe of its latents (Fi
     Tokenizer:   python fid.py --recon runs/tokenizer/stage3.pt data/imagenet/val
     Probe:       python fid.py --probe runs/tokenizer/stage3.pt data/imagenet/{train,val}
     REF, once:   python fid.py data/imagenet/train --size 256 --save-stats ref.npz
-    Toy figure:  python fid.py shapes SAMPLES --features dinov2 --encoder runs/tokenizer/encoder.pt
-    Eight GPUs:  torchrun --nproc_per_node 8 fid.py ...
 
 REF and SAMPLES: a folder of images (all levels); an npz of images (arr_0: uint8 (N, H, W, 3)), of
 statistics (mu, sigma; sFID's mu_s, sigma_s), or of both, as ADM's reference batches (statistics

@@ -172,7 +172,6 @@ class PatchGAN(nn.Module):
             layers += [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False),
                        BatchNorm(c_out), nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*layers, nn.Conv2d(8 * ch, 1, 4, 1, 1))
-        # as pix2pix
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.normal_(m.weight, 0.0, 0.02)

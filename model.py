@@ -1,8 +1,5 @@
 """The networks of AlignTok (Chen et al., ICLR 2026, arXiv 2509.25162), Section 3 and Figure 2.
 
-From top to bottom: DINOv2, the foundation encoder E_p; the adapter A; the LDM decoder D; the
-tokenizer that joins them; LightningDiT, the generator; the table of named sizes.
-
 DINOv2, the LDM modules and LightningDiT keep the official state-dict keys: released files load
 strictly and unmodified.
 

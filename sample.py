@@ -6,8 +6,6 @@
 A grid of the last generator in runs/dit:  python sample.py --preset tiny
 50,000 images for fid.py, eight GPUs:
     torchrun --standalone --nproc_per_node 8 sample.py -n 50000 --out samples.npz
-LightningDiT's published rule for guidance:
-    python sample.py --cfg 10 --cfg-channels 3 --cfg-interval 0 0.89
 
 Time runs as in the paper: t = 0 data, t = 1 noise. LightningDiT's runs the other way: its released
 checkpoints take --time lightning, and --latent-stats with the statistics of their training.

@@ -1,8 +1,5 @@
 """What the preset tiny needs, to do without download, data set and GPU: shapes that are drawn on
 the fly, and a small encoder that stands in for DINOv2.
-
-The shapes' semantics is their outline (12 classes). Colours and textures are details that a
-classifier of outlines may ignore, and that a tokenizer has to bring back.
 """
 import numpy as np
 import torch
@@ -15,8 +12,6 @@ from data import Crops, ShuffledBatches, batches, rng, to_pixels
 from files import UserError, check_same, load_encoder, load_file, save_checkpoint
 from model import ENCODERS, DINOv2
 from runs import autocast, autocast_dtype, barrier
-
-# ---- built-in shapes
 
 def _ngon(n, inner=None):
     """A regular polygon in the unit circle; with `inner`, the inner radius, a star."""

@@ -7,7 +7,6 @@
 CPU, after the tokenizer's tiny run:  python train_dit.py --preset tiny
 One GPU:                              python train_dit.py --accum 8
 Eight GPUs, the paper's 80K steps:    torchrun --standalone --nproc_per_node 8 train_dit.py
-The paper's 800 epochs:               ... train_dit.py --qk-norm --steps 1000000 --out runs/dit800
 
 A run is a folder, runs/dit: latents.npy (each image encoded once, as it is and flipped; normalised,
 fp16), the last two dit_step*.pt (they resume, and sample.py reads their EMA), log.csv, PNG grids of

@@ -14,9 +14,7 @@ stage*_step*.pt of each stage (they resume), log.csv, PNG grids (originals above
 below). The same command resumes it. The paper's baselines, --model vae and --model vavae, are one
 stage each; their result is vae.pt or vavae.pt.
 
-Choices where the paper is silent (README, "Choices"): batch, learning rate and discriminator are
-VA-VAE's; the result of stages 2 and 3 is an EMA; the step at which D begins is counted through all
-stages; D learns from the same reconstructions as G.
+Choices where the paper is silent: README, "Choices".
 
 Legend: B batch, H W image sides, N tokens, D width, d latent channels, h w latent sides.
 """
