@@ -13,6 +13,7 @@ from files import UserError, check_same, load_encoder, load_file, save_checkpoin
 from model import ENCODERS, DINOv2
 from runs import autocast, autocast_dtype, barrier
 
+
 def _ngon(n, inner=None):
     """A regular polygon in the unit circle; with `inner`, the inner radius, a star."""
     n = 2 * n if inner else n
