@@ -1035,14 +1035,60 @@ def test_checkpointing_changes_no_gradient():
 
 # ------------------------------------------------------------------------------- train_tokenizer.py
 
-def stage_by_hand(tokenizer, discriminator):
+def stage_by_hand(tokenizer, discriminator, reference=None):
     """(s, args): what training_step reads of a stage, without a run around it."""
     args = tt.parse(["--preset", "tiny"])
-    s = SimpleNamespace(tokenizer=tokenizer, ddp_tokenizer=tokenizer, reference=None, lpips=None,
+    s = SimpleNamespace(tokenizer=tokenizer, ddp_tokenizer=tokenizer, lpips=None,
+                        reference=reference,
                         discriminator=discriminator, ddp_discriminator=discriminator,
                         autocast=contextlib.nullcontext)
     s.objective = functools.partial(tt.aligntok_objective, s, args)
     return s, args
+
+
+def test_training_step_against_autograd():
+    """The gradients of one micro-batch of two, all terms on, against plain autograd of the paper's
+    sum: L1 + w_g L_GAN + w_sp L_sp; and VA-VAE's L1 + w_kl KL + w_vf VF."""
+    def check(network, loss, name):
+        found = {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
+        network.zero_grad()
+        (loss / 2).backward()
+        own = {k: p.grad for k, p in network.named_parameters() if p.grad is not None}
+        assert found.keys() == own.keys()
+        whole, off = (torch.cat([f.flatten() for f in grads]).norm() for grads in (
+            own.values(), [own[k] - found[k] for k in own]))
+        assert off < 1e-4 * whole, (name, off / whole)
+
+    def weight(loss, other, layer):
+        norms = [torch.autograd.grad(f, layer, retain_graph=True)[0].norm() for f in (loss, other)]
+        return norms[0] / (norms[1] + 1e-4)
+
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    tok, ref = (Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]) for _ in range(2))
+    frozen(ref)
+    tok.encoder.mask_token.requires_grad_(False)
+    s, args = stage_by_hand(tok, losses.PatchGAN(16), reference=ref)
+    args.w_sp, args.w_g, args.accum = 3.0, 0.7, 2
+    tt.training_step(x, [], s, args, gan=True, last=True)
+    recon, z0, _ = tok(x)
+    l1, l_gan = (x - recon).abs().mean(), -s.discriminator(recon).mean()
+    w_gan = 0.7 * weight(l1, l_gan, tok.decoder.conv_out.weight)
+    l_sp = (z0 - ref.encode(x)).square().mean()
+    check(tok, l1 + w_gan * l_gan + 3 * l_sp, "stage 2")
+
+    vae, foundation = VAE(DECODERS["tiny"], vf_dim=192), DINOv2(**ENCODERS["tiny14"])
+    frozen(foundation)
+    s, args = stage_by_hand(vae, losses.PatchGAN(16), reference=foundation)
+    args.w_kl, args.w_vf, args.vf_margins, args.accum = 0.5, 0.7, [0.1, 0.2], 2
+    s.objective, noise = functools.partial(baselines.objective, s, args), torch.randn(2, 32, 4, 4)
+    tt.training_step(x, [noise], s, args, gan=False, last=True)
+    mean, logvar = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)
+    z = mean + (logvar / 2).exp() * noise
+    l1 = (x - vae.decode(z)).abs().mean()
+    kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+    vf = baselines.vf_loss(vae.linear_proj(z), foundation.features(x), 0.1, 0.2)
+    w_vf = 0.7 * weight(l1, vf, vae.encoder.conv_out.weight)
+    check(vae, l1 + 0.5 / (3 * 64 * 64) * kl + w_vf * vf, "VA-VAE")
 
 
 def test_generator_step_leaves_the_discriminator_alone():
@@ -1134,6 +1180,20 @@ def test_stages_train_what_they_say():
     assert files.fingerprint(second) == files.fingerprint(third)
     assert third.latent_std.min() > 0 and not third.training
     assert Image.open(out / "stage2_step00000002.png").size == (8 * 64, 128)
+
+
+def test_discriminator_starts_once_and_statistics_stay():
+    """--disc-start counts through the stages; stage 3 keeps the latent statistics of stage 2, also
+    where other images would give others."""
+    with folder() as d:
+        execute(tt, *SMALL, "--out", d, "--steps", 2, "--disc-start", 3, "--stage", 1)
+        execute(tt, *SMALL, "--out", d, "--steps", 2, "--disc-start", 3, "--stage", 2)
+        execute(tt, *SMALL, "--out", d, "--steps", 1, "--disc-start", 3, "--stage", 3,
+                "--encode-images", 20)
+        assert [bool(row["d_loss"]) for row in rows_of(d)] == [False, False, False, True, True]
+        two, three = (load_file(d / f"stage{n}.pt")["tokenizer"] for n in (2, 3))
+        assert torch.equal(two["latent_mean"], three["latent_mean"])
+        assert torch.equal(two["latent_std"], three["latent_std"])
 
 
 def test_nothing_grows_with_the_steps():
@@ -1320,6 +1380,11 @@ def test_train_dit():
             execute(train_dit, *ours, "--out", b, "--steps", 4, "--workers", 1)
         assert same(*(load_file(out / "dit_step00000004.pt") for out in (a, b))) is None
         assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
+
+        execute(train_dit, *ours, "--out", d / "clipped", "--steps", 1, "--clip", 1e-3)
+        moments = load_file(d / "clipped" / "dit_step00000001.pt")["opt"]["state"].values()
+        norm = torch.cat([m["exp_avg"].flatten() for m in moments]).norm()
+        close(norm.item(), 0.1 * 1e-3, 1e-5)  # AdamW's first moment: (1 - .9) of the gradient
 
         tokenizer, cache = small_tokenizer(), np.load(a / "latents.npy", mmap_mode="r")
         images = data.open_folders(d / "data" / "train", None, 1)[0]
