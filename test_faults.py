@@ -1143,7 +1143,9 @@ def slow_soak(steps=3000):
         script = d / "soak.py"
         script.write_text(MEASURED)
         images = ["--data", write_shapes(d / "data"), "--val", write_shapes(d / "val")]
-        quiet = ["--log-every", "10", "--save-every", "1000", "--grid-every", "1000", "--steps",
+        # Pictures and checkpoints come often: freed memory is kept (runs.py), so its peak must lie
+        # in the first third
+        quiet = ["--log-every", "10", "--save-every", "100", "--grid-every", "100", "--steps",
                  steps, "--size", "32"]
         tok = ["train_tokenizer.py", *SMALL, *images, *quiet]
         dit = ["train_dit.py", "--preset", "tiny", "--batch-size", "8", *images, *quiet]
