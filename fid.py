@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from baselines import VAE
+from baselines import VAE, FluxVAE
 from data import (
     Crops,
     ImageFolder,
@@ -781,7 +781,7 @@ def open_tokenizer(path, size, device):
     """(tokenizer in eval mode, image side: `size`, else that of its training)."""
     content = load_file(path, "tokenizer")
     with reading(path, "tokenizer"):
-        tokenizer = load_tokenizer(path, VAE, content=content)
+        tokenizer = load_tokenizer(path, VAE, FluxVAE, content=content)
         size = size or operator.index(content.get("recipe", {}).get("size", 256))
     if size < 1 or size % tokenizer.factor:
         raise UserError(f"--size must be divisible by {tokenizer.factor}, not {size}")

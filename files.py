@@ -85,13 +85,21 @@ def reading(path, kind):
 
 
 def load_file(path, kind="checkpoint"):
-    """The dict in a .pt or .pth file, on the CPU: tensors, numbers and strings, never code.
+    """The dict in a .pt, .pth or .safetensors file, on the CPU: tensors, numbers and strings, never
+    code.
 
     torch.load ignores the CRCs of this zip archive, so they are compared first. Files from before
     PyTorch 1.6 (the official VGG16 and Inception) have none; find_weights knows their sha256.
     Errors: UserError."""
     with reading(path, kind), open(path, "rb") as f, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on odd pickles
+        if f.read(9)[8:] == b"{":  # safetensors: the length of a header, then the header in JSON
+            try:
+                from safetensors.torch import load_file as load_safetensors
+            except ImportError:
+                raise UserError(f"{path} is a safetensors file, which takes the package of that "
+                                "name: pip install safetensors") from None
+            return load_safetensors(path)
         if zipfile.is_zipfile(f):
             with zipfile.ZipFile(f) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import runs
-from baselines import VAE
+from baselines import VAE, FluxVAE
 from data import rng, save_grid, to_uint8
 from files import (
     BatchedArray,
@@ -157,7 +157,7 @@ def load_pair(args):
     """(generator, tokenizer): they must belong together, and the latents need statistics."""
     path = args.dit
     model, content = load_dit(path)
-    tokenizer = load_tokenizer(args.tokenizer, VAE)
+    tokenizer = load_tokenizer(args.tokenizer, VAE, FluxVAE)
     if tokenizer.d != model.d:
         raise UserError(f"the tokenizer {args.tokenizer} has {tokenizer.d} latent channels, the "
                         f"generator takes {model.d}")

@@ -43,7 +43,7 @@ import sample
 import toy
 import train_dit
 import train_tokenizer as tt
-from baselines import VAE
+from baselines import VAE, FluxVAE
 from files import BatchedArray, UserError, load_encoder, load_file, load_tokenizer, save_checkpoint
 from model import DECODERS, DITS, ENCODERS, DINOv2, LightningDiT, Tokenizer
 from results import judge
@@ -310,9 +310,13 @@ def test_parameter_counts():
             assert parameters(reg) == number + 4 * plain.dim, name
             assert len(reg.state_dict()) == tensors + 1, name
         assert {name: parameters(LightningDiT(**DITS[name])) for name in dits} == dits
-        vae = VAE(DECODERS["vavae"])
+        vae, flux, flux2 = (VAE(DECODERS["vavae"]), FluxVAE(baselines.FLUX),
+                            FluxVAE(baselines.FLUX, 32, flux2=True))
     assert set(DITS) == {"tiny", *dits}
     assert parameters(vae.encoder) == 28_413_248 and parameters(vae.decoder) == 41_417_603
+    assert parameters(flux.encoder) == 34_274_208 and parameters(flux.decoder) == 49_545_475
+    assert parameters(flux2.encoder) == 34_425_856 and parameters(flux2.decoder) == 49_620_259
+    assert [len(m.state_dict()) - 2 for m in (flux, flux2)] == [244, 251 - 3]  # 3 of its BatchNorm
     assert parameters(losses.PatchGAN()) == 2_765_633
     for key in ("encoder.down.0.block.1.conv2.weight", "encoder.down.2.block.0.nin_shortcut.weight",
                 "encoder.down.4.attn.1.proj_out.bias", "encoder.down.3.downsample.conv.weight",
@@ -834,6 +838,141 @@ def test_baseline_losses():
     # diagonal: .75 / 2
     assert math.isclose(baselines.vf_loss(z, f).item(), 0.25 + 0.375, rel_tol=1e-6)
     assert math.isclose(baselines.vf_loss(z, f, 0, 0).item(), 0.5 + 0.5, rel_tol=1e-6)
+
+
+def diffusers_state(state):
+    """An LDM autoencoder's state dict as diffusers' AutoencoderKL names it."""
+    levels = 1 + max(int(name.split(".")[2]) for name in state if ".up." in name)
+    middle = {"block_1": "resnets.0", "block_2": "resnets.1", "attn_1": "attentions.0"}
+    others = {"norm_out": "conv_norm_out", "nin_shortcut": "conv_shortcut"}
+    attention = {"norm": "group_norm", "proj_out": "to_out.0"} | {k: f"to_{k}" for k in "qkv"}
+    found = {}
+    for name, tensor in state.items():
+        net, part, *rest = name.split(".")
+        if part in ("quant_conv", "post_quant_conv"):
+            net = ""
+        elif part == "mid":
+            table = attention if rest[0] == "attn_1" else others
+            if rest[0] == "attn_1" and tensor.dim() == 4:
+                tensor = tensor[:, :, 0, 0]
+            part, rest = "mid_block", [middle[rest[0]], table.get(rest[1], rest[1]), *rest[2:]]
+        elif part in ("down", "up"):
+            level = int(rest[0]) if part == "down" else levels - 1 - int(rest[0])
+            kind = "resnets" if rest[1] == "block" else f"{rest[1]}rs.0"
+            part, rest = f"{part}_blocks.{level}", [kind, *(others.get(k, k) for k in rest[2:])]
+        found[".".join([net, others.get(part, part), *rest]).strip(".")] = tensor
+    return found
+
+
+def small_flux(**changed):
+    """A narrow FluxVAE, and its official file."""
+    sizes = {"ch": 32, "ch_mult": [1, 2, 1, 1], "num_res_blocks": 1}
+    vae = random_weights(FluxVAE(sizes, 4, **changed), scale=0.05).requires_grad_(False)
+    state = {k: v for k, v in vae.state_dict().items() if not k.startswith("latent_")}
+    if vae.pack == 2:
+        torch.manual_seed(0)
+        state |= {"bn.running_mean": torch.randn(16), "bn.running_var": torch.rand(16) + 0.1,
+                  "bn.num_batches_tracked": torch.tensor(7)}
+    return vae, state
+
+
+def test_flux_vae():
+    """The latents of FLUX's VAE and FLUX.2's, from both layouts of their files, strictly."""
+    x, path = torch.rand(2, 3, 32, 48) * 2 - 1, TMP / "ae.pt"
+    for flux2 in (False, True):
+        vae, state = small_flux(flux2=flux2)
+        z = vae.encoder(x)  # mean and log-variance at factor 8
+        z = vae.encoder.quant_conv(z)[:, :4] if flux2 else z[:, :4]  # the mean
+        if flux2:
+            packed = torch.empty(2, 16, 2, 3)
+            for c, dy, dx in np.ndindex(4, 2, 2):
+                packed[:, c * 4 + dy * 2 + dx] = z[:, c, dy::2, dx::2]
+            mean, std = state["bn.running_mean"], (state["bn.running_var"] + 1e-4).sqrt()
+            expected = (packed - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+            recon = vae.decoder(vae.decoder.post_quant_conv(z))
+        else:
+            expected, recon = 0.3611 * (z - 0.1159), vae.decoder(z)
+        for content in (state, diffusers_state(state)):
+            save_checkpoint(path, content)
+            for systems in ((VAE, FluxVAE), (FluxVAE, VAE)):
+                again = load_tokenizer(path, *systems).requires_grad_(False)
+            latents = again.normalize(again.encode(x))
+            assert torch.allclose(latents, expected, atol=1e-5)
+            assert torch.allclose(again.decode(again.unnormalize(latents)), recon, atol=1e-4)
+            assert again.factor == (16 if flux2 else 8) and again.d == latents.shape[1]
+            files.require_statistics(again, path)
+            short = dict(content)
+            del short[next(k for k in short if k.endswith("conv_out.bias"))]
+            save_checkpoint(path, short)
+            assert "encoder.conv_out.bias" in error_of(load_tokenizer, path, FluxVAE)
+        assert "divisible by" in error_of(again.encode, torch.zeros(1, 3, 32, 36), kind=ValueError)
+        assert not any("attn" in k for k in state if "mid" not in k)
+        norms = [m.num_groups for m in again.modules() if isinstance(m, torch.nn.GroupNorm)]
+        assert set(norms) == {32}
+    assert diffusers_state(state).keys() > {  # as published
+        "encoder.down_blocks.1.resnets.0.conv_shortcut.bias", "post_quant_conv.weight",
+        "encoder.down_blocks.2.downsamplers.0.conv.weight", "decoder.mid_block.resnets.1.norm2.bias",
+        "decoder.up_blocks.0.upsamplers.0.conv.bias", "decoder.mid_block.attentions.0.to_out.0.bias",
+        "encoder.mid_block.attentions.0.group_norm.weight", "decoder.conv_norm_out.weight"}
+    save_checkpoint(path, {k: v for k, v in diffusers_state(state).items() if "bn." not in k})
+    assert "not a tokenizer" in error_of(load_tokenizer, path, VAE, FluxVAE)  # such as SD's
+
+    with refused("ae.safetensors", "pip install safetensors"):
+        safetensors = TMP / "ae.safetensors"
+        safetensors.write_bytes(b"\2\0\0\0\0\0\0\0{}")
+        with patch.dict(sys.modules, {"safetensors.torch": None}):
+            load_tokenizer(safetensors, FluxVAE)
+
+
+def test_flux_vae_fixture():
+    """The official code's latents and images of small weights, where the fixture is at hand."""
+    folder = HERE.parent / "shared" / "fixtures"
+    if not folder.is_dir():
+        return
+    with np.load(folder / "flux_vae_small.npz") as f:
+        arrays = {k: torch.from_numpy(f[k]) for k in f if not k.startswith("keys/")}
+        names = dict(zip(f["keys/bfl"].tolist(), f["keys/diffusers"].tolist()))
+    state = {k[2:]: v for k, v in arrays.items() if k.startswith("w/")}
+    theirs = diffusers_state(state)
+    assert theirs.keys() == set(names.values())
+    for content in (state, theirs):
+        save_checkpoint(TMP / "ae.pt", content)
+        vae = load_tokenizer(TMP / "ae.pt", VAE, FluxVAE).requires_grad_(False)
+        moments = vae.features(arrays["in/x"])  # (1, 64, 8)
+        latents = vae.normalize(vae.encode(arrays["in/x"]))
+        for name, found in {"moments": moments.transpose(1, 2).view(1, 8, 8, 8),
+                            "latent_scaled": latents,
+                            "packed": F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2),
+                            "decoded": vae.decode(vae.unnormalize(arrays["in/z"]))}.items():
+            official = arrays[f"out/{name}"]
+            assert (found - official).abs().max() < 1e-5 * official.abs().max().clamp_min(1), name
+    with torch.device("meta"):
+        state = {k: v for k, v in FluxVAE(baselines.FLUX).state_dict().items() if "latent" not in k}
+    keys = [line.split() for line in (folder / "flux_vae_keys.txt").read_text().splitlines()]
+    assert {bfl for bfl, *_ in keys} == state.keys()
+    assert {diffusers for _, diffusers, *_ in keys} == diffusers_state(state).keys()
+
+
+def test_flux_vae_as_a_tokenizer():
+    """The generator takes two by two of its latents as a token; sample.py, fid.py --recon."""
+    vae, state = small_flux()
+    with folder() as d, mini_size():
+        save_checkpoint(d / "ae.pt", state)
+        tokenizer = ["--tokenizer", d / "ae.pt"]
+        execute(train_dit, *mini_dit(d), *tokenizer, "--out", d / "dit", "--steps", 1)
+        dit, _ = sample.load_dit(sample.last_dit(d / "dit"))
+        assert (dit.d, dit.patch, dit.arguments["grid"], dit.grid) == (4, 2, [4, 4], (2, 2))
+        execute(sample, "--preset", "tiny", *tokenizer, "--dit", sample.last_dit(d / "dit"), "-n",
+                2, "--steps", 1, "--out", d / "s.npz")
+        with np.load(d / "s.npz") as f:
+            assert f["arr_0"].shape == (2, 32, 32, 3)
+        with refused("--size", "divisible by 16"):
+            execute(train_dit, *mini_dit(d), *tokenizer, "--out", d / "dit", "--size", 40)
+        images = write_images(d / "a", n=4)
+        x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+        mse = (data.to_uint8(vae.decode(vae.encode(x))) - images.astype(float)) ** 2
+        found = figures("--recon", d / "ae.pt", d / "a", "--size", 64, "--metrics", "psnr")
+        close(found["PSNR"], (10 * np.log10(255 ** 2 / mse.mean((1, 2, 3)))).mean(), 1e-5)
 
 
 # ----------------------------------------------------------------------------------------- files.py

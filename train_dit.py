@@ -33,7 +33,7 @@ from tqdm import tqdm
 import losses
 import runs
 import toy
-from baselines import VAE
+from baselines import VAE, FluxVAE
 from data import (
     Crops,
     ShuffledBatches,
@@ -216,17 +216,19 @@ class FlowData(Dataset):
 
 def set_up(args, run, data, device):
     """(networks, optimiser, EMA and recipe; the latents or None)."""
-    tokenizer = load_tokenizer(args.tokenizer, VAE).requires_grad_(False).to(device)
+    tokenizer = load_tokenizer(args.tokenizer, VAE, FluxVAE).requires_grad_(False).to(device)
     require_statistics(tokenizer, args.tokenizer)
-    if args.size % tokenizer.factor:
-        raise UserError(f"--size must be divisible by {tokenizer.factor}, not {args.size}")
+    patch = max(1, 16 // tokenizer.factor)  # a token covers 16 px
+    if args.size % (tokenizer.factor * patch):
+        raise UserError(
+            f"--size must be divisible by {tokenizer.factor * patch}, not {args.size}")
     K = len(data.classes) if data.labels and not args.unconditional else 0
     latents = None if args.no_cache else cached_latents(
         args.cache or run.out / "latents.npy", tokenizer, data, args, device)
 
     torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))  # the same on every rank
     model = LightningDiT(**DITS[args.model], d=tokenizer.d, num_classes=K, qk_norm=args.qk_norm,
-                         grid=[args.size // tokenizer.factor] * 2).to(device)
+                         grid=[args.size // tokenizer.factor] * 2, patch=patch).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, args.lr, betas=(0.9, args.beta2), weight_decay=0, fused=True)
@@ -285,7 +287,7 @@ def parse(argv=None):
     p = runs.Parser(__doc__)
     add = p.add_argument
     add("--tokenizer", default="runs/tokenizer/stage3.pt",
-        help="default: %(default)s; stage 2's has the same latents")
+        help="default: %(default)s; stage 2's has the same latents; FLUX's VAE: its official file")
     add("--model", choices=DITS, help="size")
     add("--out", default="runs/dit", help="the run's folder (default: %(default)s)")
     p.training_flags()
