@@ -145,7 +145,7 @@ def build(cls, arguments, state, path):
             if isinstance(value, dict):
                 check(value)
             # blocks cost time on the meta device too
-            limit = 100 if name in ("depth", "num_res_blocks") else 2 ** 20
+            limit = 100 if name in ("depth", "depth_single", "num_res_blocks") else 2 ** 20
             numbers = value if isinstance(value, (list, tuple)) else [value]
             if len(numbers) > 16 or any(isinstance(n, int) and n > limit for n in numbers):
                 raise ValueError(f"its argument {name} is absurd")

@@ -35,6 +35,7 @@ from files import (
     write_atomically,
 )
 from losses import average_over_ranks
+from mmdit import DoubleBlock, SingleBlock
 from model import Block, DiTBlock, ResnetBlock
 
 # Page faults took up to a third of a step on CPUs (docs/engineering.md, Speed). So tensors lie in
@@ -120,7 +121,7 @@ def checkpoint_activations(model):
     """--checkpointing: each block keeps only its input and computes the rest again in the backward
     pass: less memory, the same gradients, slower."""
     for block in model.modules():
-        if isinstance(block, (Block, ResnetBlock, DiTBlock)):
+        if isinstance(block, (Block, ResnetBlock, DiTBlock, DoubleBlock, SingleBlock)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 

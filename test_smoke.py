@@ -37,6 +37,7 @@ import data
 import fid
 import files
 import losses
+import mmdit
 import model
 import runs
 import sample
@@ -45,6 +46,7 @@ import train_dit
 import train_tokenizer as tt
 from baselines import VAE, FluxVAE
 from files import BatchedArray, UserError, load_encoder, load_file, load_tokenizer, save_checkpoint
+from mmdit import MMDITS, MMDiT
 from model import DECODERS, DITS, ENCODERS, DINOv2, LightningDiT, Tokenizer
 from results import judge
 from toy import Shapes
@@ -272,7 +274,7 @@ def gaussian(mu, sigma):
 
 # ---------------------------------------------------------------------------------------- the house
 
-TIERS = [{"model", "losses"}, {"files"}, {"runs", "data"}, {"toy", "baselines", "vfm_vae"},
+TIERS = [{"model", "losses"}, {"files", "mmdit"}, {"runs", "data"}, {"toy", "baselines", "vfm_vae"},
          {"fid", "sample"}, {"train_tokenizer", "train_dit"}]
 ON_TOP = {"test_smoke", "test_faults", "bench", "results"}  # they may import anything
 
@@ -527,6 +529,118 @@ def test_dit_numerics():
         with torch.no_grad():
             got, want = dit(z, t, y), plain_dit(S, z.double(), t.double(), y, heads=2)
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+# ----------------------------------------------------------------------------------------- mmdit.py
+
+SMALL_MMDIT = {"dim": 32, "depth": 1, "depth_single": 1, "axes": [4, 6, 6], "d": 3, "patch": 2,
+               "text": 5, "pooled": 7}
+
+
+def plain_mmdit(w, z, t, text, pooled, heads, axes):
+    """FLUX's transformer of one image, in plain numpy, from an official state dict: one double
+    block, one single block, patch 2."""
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def gelu(x):
+        return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+    def norm(x, shift, scale):
+        unit = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
+        return unit * (1 + scale) + shift
+
+    def turned(x, name, ids):
+        """Queries or keys (S, head): RMSNorm, then each pair by id / 10000^(2i/axis)."""
+        x = x / np.sqrt((x ** 2).mean(1, keepdims=True) + 1e-6) * w[f"{name}.scale"]
+        out, first = np.empty_like(x), 0
+        for axis, dim in enumerate(axes):
+            for i in range(dim // 2):
+                a, b = x[:, first + 2 * i], x[:, first + 2 * i + 1]
+                angle = np.array([p[axis] for p in ids]) / 10000 ** (2 * i / dim)
+                out[:, first + 2 * i] = a * np.cos(angle) - b * np.sin(angle)
+                out[:, first + 2 * i + 1] = a * np.sin(angle) + b * np.cos(angle)
+            first += dim
+        return out
+
+    def attend(streams):
+        """streams: (q|k|v (n, 3D), name of its norm, ids), in order -> (S, D)."""
+        D, out = len(w["img_in.bias"]), []
+        for h in range(heads):
+            part = slice(h * D // heads, (h + 1) * D // heads)
+            q, k = (np.concatenate([turned(qkv[:, i * D:(i + 1) * D][:, part], f"{name}.{kind}", ids)
+                                    for qkv, name, ids in streams])
+                    for i, kind in enumerate(("query_norm", "key_norm")))
+            v = np.concatenate([qkv[:, 2 * D:][:, part] for qkv, _, _ in streams])
+            a = np.exp(q @ k.T / math.sqrt(sum(axes)))
+            out.append(a / a.sum(1, keepdims=True) @ v)
+        return np.concatenate(out, 1)
+
+    d, H, W = z.shape
+    places = [(r, c) for r in range(H // 2) for c in range(W // 2)]
+    tokens = np.array([[z[c, 2 * row + dy, 2 * column + dx] for c, dy, dx in np.ndindex(d, 2, 2)]
+                       for row, column in places])
+    angles = [1000 * t / 10000 ** (i / 128) for i in range(128)]
+    c = linear(np.concatenate([np.cos(angles), np.sin(angles)]), "time_in.in_layer")
+    c = linear(silu(c), "time_in.out_layer") + linear(
+        silu(linear(pooled, "vector_in.in_layer")), "vector_in.out_layer")
+    img, txt = linear(tokens, "img_in"), linear(text, "txt_in")
+    ids = {"txt": [(0, 0, 0)] * len(text), "img": [(0, *place) for place in places]}
+
+    x, mod, b = {"txt": txt, "img": img}, {}, "double_blocks.0."
+    for s in x:  # shift, scale, gate; then the MLP's
+        mod[s] = np.split(linear(silu(c), f"{b}{s}_mod.lin"), 6)
+    y = attend([(linear(norm(x[s], *mod[s][:2]), f"{b}{s}_attn.qkv"), f"{b}{s}_attn.norm", ids[s])
+                for s in x])
+    for s, part in (("txt", y[:len(text)]), ("img", y[len(text):])):
+        x[s] = x[s] + mod[s][2] * linear(part, f"{b}{s}_attn.proj")
+        hidden = gelu(linear(norm(x[s], *mod[s][3:5]), f"{b}{s}_mlp.0"))
+        x[s] = x[s] + mod[s][5] * linear(hidden, f"{b}{s}_mlp.2")
+
+    x, b, D = np.concatenate([x["txt"], x["img"]]), "single_blocks.0.", len(c)
+    shift, scale, gate = np.split(linear(silu(c), f"{b}modulation.lin"), 3)
+    both = linear(norm(x, shift, scale), f"{b}linear1")
+    y = attend([(both[:, :3 * D], f"{b}norm", ids["txt"] + ids["img"])])
+    x = x + gate * linear(np.concatenate([y, gelu(both[:, 3 * D:])], 1), f"{b}linear2")
+    shift, scale = np.split(linear(silu(c), "final_layer.adaLN_modulation.1"), 2)
+    x = linear(norm(x[len(text):], shift, scale), "final_layer.linear")
+    v = np.empty_like(z)
+    for token, (row, column) in zip(x, places):
+        v[:, 2 * row:2 * row + 2, 2 * column:2 * column + 2] = token.reshape(d, 2, 2)
+    return v
+
+
+def test_mmdit_against_numpy():
+    """FLUX's transformer: positions on three axes, order of the modulation, attention over text and
+    image, in this order; at a grid that is no square, for two images."""
+    net = random_weights(MMDiT(**SMALL_MMDIT))
+    w = {k: v.double().numpy() for k, v in net.state_dict().items()}
+    z, t = torch.randn(2, 3, 4, 6), torch.tensor([0.3, 1.0])
+    y = torch.randn(2, 4, 5), torch.randn(2, 7)
+    with torch.no_grad():
+        found = net(z, t, y)
+    for i in range(2):
+        v = plain_mmdit(w, *(x[i].double().numpy() for x in (z, t, *y)), heads=2, axes=(4, 6, 6))
+        assert np.abs(found[i].numpy() - v).max() < 1e-4 * np.abs(v).max()
+    assert "latents of 3 channels" in error_of(net, z[:, :2], t, y, kind=ValueError)
+    assert "heads of 15" in error_of(MMDiT, 30, 1, 1, (4, 6, 5), kind=ValueError)
+
+
+def test_mmdit_sizes():
+    """FLUX.1's own size without guidance; the sizes of the table; zero at the start; the shift."""
+    with torch.device("meta"):
+        flux = MMDiT(3072, 19, 38, d=16, patch=2)
+        sizes = {name: parameters(MMDiT(**arguments)) for name, arguments in MMDITS.items()}
+    assert parameters(flux) == 11_891_178_560 and len(flux.state_dict()) == 776
+    assert sizes == {"tiny": 6_031_392, "B": 162_224_160, "L": 662_411_296, "2B": 1_971_940_384}
+    net = MMDiT(**SMALL_MMDIT)
+    y = torch.randn(2, 4, 5), torch.randn(2, 7)
+    assert not net(torch.randn(2, 3, 4, 4), torch.rand(2), y).any()
+    close(mmdit.time_shift(256), math.exp(0.5))
+    close(mmdit.time_shift(4096), math.exp(1.15))
 
 
 # ---------------------------------------------------------------------------------------- losses.py
@@ -1164,7 +1278,9 @@ def test_checkpointing_changes_no_gradient():
     for net, *inputs in (
             (Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]), x),
             (VAE(DECODERS["tiny"]), x, torch.randn(2, 32, 2, 2)),
-            (small_dit(), torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([1, 5]))):
+            (small_dit(), torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([1, 5])),
+            (MMDiT(**SMALL_MMDIT), torch.randn(2, 3, 4, 4), torch.rand(2),
+             (torch.randn(2, 4, 5), torch.randn(2, 7)))):
         random_weights(net).train()
         plain, kept = gradients(net, *inputs)
         runs.checkpoint_activations(net)
