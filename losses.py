@@ -82,10 +82,11 @@ def semantic_preservation(z0, z0_ref, kind="l2", dim=1):
 
 # ---- the generator: flow matching
 
-def logit_normal(normal):
+def logit_normal(normal, shift=1.0):
     """N(0, 1) -> t = sigmoid(normal) in (0, 1): the middle of the path, where the velocity is
-    hardest, is seen most."""
-    return torch.sigmoid(normal)
+    hardest, is seen most. A shift a > 1 moves it toward noise: a t / (1 + (a - 1) t)."""
+    t = torch.sigmoid(normal)
+    return shift * t / (1 + (shift - 1) * t)
 
 
 # z_t = (1 - t) z0 + t z1,  u = z1 - z0,  L = E || v(z_t, t) - u ||^2

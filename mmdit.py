@@ -193,6 +193,7 @@ class MMDiT(nn.Module):
     """v(z_t, t, text). depth, depth_single: numbers of double and of single blocks; axes: the
     dimensions of a head that turn with each axis of a position, a head is sum(axes) wide; d, patch,
     grid: as LightningDiT's; text, pooled: widths of the text tokens and of the pooled text."""
+    num_classes = 0  # text takes their place
 
     def __init__(self, dim, depth, depth_single, axes=(16, 56, 56), d=32, patch=1, grid=(16, 16),
                  text=4096, pooled=768):

@@ -25,7 +25,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import runs
+import toy
 from baselines import VAE, FluxVAE
+from captions import ClipT5, Words, read_prompts, save_captioned_grid, unpack
 from data import rng, save_grid, to_uint8
 from files import (
     BatchedArray,
@@ -44,6 +46,7 @@ from files import (
     sha256,
     write_atomically,
 )
+from mmdit import MMDiT, time_shift
 from model import LightningDiT
 from runs import count, index, positive
 
@@ -57,16 +60,19 @@ def time_grid(steps, shift=1.0):
 
 
 class Velocity:
-    """v(z, t) of a network for the classes y (B,), with classifier-free guidance; z (B, d, h, w),
-    t a number. It counts the evaluations of the network per image.
+    """v(z, t) of a network for the classes y (B,), or y = (text tokens, pooled text), with classifier-free guidance; z (B, d, h, w),
+    t a number. null: what stands for no class, or no text (None: class K). It counts the evaluations of the network per image.
 
     cfg: scale, 1 for none. interval: the times lo <= t <= hi with guidance. channels: how many are
     guided (None: all; 3: the rule behind LightningDiT's published scales). time: "paper", or
     "lightning" for a network that has learned the other direction."""
 
-    def __init__(self, model, y, cfg=1.0, interval=(0.0, 1.0), channels=None, time="paper"):
+    def __init__(self, model, y, cfg=1.0, interval=(0.0, 1.0), channels=None, time="paper",
+                 null=None):
         self.model, self.y, self.channels, self.time = model, y, channels, time
-        self.cfg = cfg if model.num_classes else 1.0
+        if null is None and model.num_classes:
+            null = torch.full_like(y, model.num_classes)
+        self.null, self.cfg = null, 1.0 if null is None else cfg
         self.lo, self.hi = interval
         self.conditional = self.unconditional = 0
 
@@ -81,8 +87,11 @@ class Velocity:
         if self.cfg == 1 or not self.lo <= t <= self.hi:
             return self.network(z, t, self.y)
         self.unconditional += 1
-        no_class = torch.full_like(self.y, self.model.num_classes)
-        both = self.network(torch.cat([z, z]), t, torch.cat([self.y, no_class]))
+        if isinstance(self.y, tuple):  # text
+            y = tuple(torch.cat(pair) for pair in zip(self.y, self.null))
+        else:
+            y = torch.cat([self.y, self.null])
+        both = self.network(torch.cat([z, z]), t, y)
         v, v_null = both.chunk(2)  # (B, d, h, w) each
         guided = v_null + self.cfg * (v - v_null)
         if self.channels is None:
@@ -102,15 +111,22 @@ def integrate(velocity, z, times, method="euler"):
 
 @torch.no_grad()
 def generate(model, tokenizer, indices, labels, seed, times, method="euler", dtype=torch.float32,
-             **guidance):
+             text=None, **guidance):
     """Images (B, 3, H, W), about in [-1, 1], of the indices; and the network's evaluations per
-    image, (conditional, unconditional). labels: the classes of all images, or None. guidance:
-    arguments of Velocity."""
+    image, (conditional, unconditional). labels: the classes of all images, or None. text: rows of
+    captions.py's text encoders, of k prompts and of the empty one; image i is of prompt i mod k.
+    guidance: arguments of Velocity."""
     device = tokenizer.latent_mean.device
     shape = (tokenizer.d, *model.arguments["grid"])
     # a generator for each image: its noise is the same in any batch
     z1 = np.stack([rng(seed, "noise", int(i)).standard_normal(shape, np.float32) for i in indices])
     y = None if labels is None else torch.from_numpy(labels[indices].astype(np.int64)).to(device)
+    if text is not None:
+        rows = np.concatenate([text[np.asarray(indices) % (len(text) - 1)],
+                               np.broadcast_to(text[-1], (len(z1), text.shape[1]))])
+        rows = torch.from_numpy(rows.astype(np.float32)).to(device)  # (2B, ...), B of no text
+        both = unpack(rows, model.arguments["text"], model.arguments["pooled"])
+        y, guidance["null"] = (tuple(part.chunk(2)[i] for part in both) for i in (0, 1))
     velocity = Velocity(model, y, **guidance)
     with runs.autocast(device, dtype):
         z0 = integrate(velocity, torch.from_numpy(z1).to(device), times, method)  # (B, d, h, w)
@@ -139,13 +155,41 @@ def choose_labels(spec, num_classes, num, seed):
     return chosen[np.arange(num) % len(chosen)]
 
 
+def text_encoder(args, device):
+    """FLUX's two of --clip-text and --t5; without them the built-in one of the shapes."""
+    if args.clip_text or args.t5:
+        return ClipT5(args.clip_text, args.t5, args.text_length, device)
+    return Words(toy.VOCABULARY)
+
+
+def encode_prompts(args, model, content, device):
+    """(the prompts, their rows and the empty prompt's) for a generator of text; (None, None) for
+    another. Errors: UserError."""
+    given = args.prompt or (args.prompts and read_prompts(args.prompts))
+    if not isinstance(model, MMDiT):
+        if given:
+            raise UserError(f"{args.dit} takes no prompts: it was trained without --captions")
+        return None, None
+    if not given:
+        raise UserError(f"{args.dit} draws from text: give --prompt TEXT or --prompts FILE")
+    encoder, learned = text_encoder(args, device), content["recipe"]["text encoder"]
+    if encoder.identity != learned:
+        raise UserError(f"{args.dit} was trained with another text encoder ({learned}) than this "
+                        f"one ({encoder.identity}): give the same --clip-text, --t5, --text-length")
+    rows = [encoder([given[i] for i in batch]) for batch in ranges(len(given), 32)]
+    return given, np.concatenate([*rows, encoder([""])])
+
+
 # ---- checkpoints, results
 
 def load_dit(path):
-    """(LightningDiT with the EMA weights, content of the file), of a checkpoint of train_dit.py or
-    an official one. Raises UserError."""
+    """(generator with the EMA weights, content of the file), of a checkpoint of train_dit.py or
+    an official LightningDiT. Raises UserError."""
     content = load_file(path, "generator")
     state = content.get("ema")
+    if isinstance(state, dict) and "txt_in.weight" in state and "recipe" in content:
+        with reading(path, "generator"):
+            return build(MMDiT, content["arguments"], state, path).eval(), content
     if not isinstance(state, dict) or "x_embedder.proj.weight" not in state:
         raise UserError(f'{path} is no checkpoint of a LightningDiT: no weights under "ema"')
     with reading(path, "checkpoint of a LightningDiT"):
@@ -154,7 +198,7 @@ def load_dit(path):
 
 
 def load_pair(args):
-    """(generator, tokenizer): they must belong together, and the latents need statistics."""
+    """(generator, its file's content, tokenizer): they must belong together, and the latents need statistics."""
     path = args.dit
     model, content = load_dit(path)
     tokenizer = load_tokenizer(args.tokenizer, VAE, FluxVAE)
@@ -181,7 +225,7 @@ def load_pair(args):
                                 "channels, finite numbers")
             buffer.copy_(value.flatten())
     require_statistics(tokenizer, args.tokenizer)
-    return model, tokenizer
+    return model, content, tokenizer
 
 
 def grid_rows(images, labels, width=8):
@@ -247,6 +291,15 @@ PRESETS = {
 }
 
 
+def text_flags(p):
+    """What train_dit.py and sample.py take of a generator from text."""
+    p.add_argument("--clip-text", help="folder of CLIP-L in transformers' layout")
+    p.add_argument("--t5", help="folder of a T5 encoder in transformers' layout (without both: the "
+                                "built-in text encoder of the shapes)")
+    p.add_argument("--text-length", type=count, default=256,
+                   help="T5's tokens of a prompt (default: %(default)s)")
+
+
 def parse(argv=None):
     p = runs.Parser(__doc__)
     add = p.add_argument
@@ -258,7 +311,8 @@ def parse(argv=None):
     add("--method", choices=["euler", "heun"], default="euler",
         help="heun: two evaluations a step (default: euler)")
     add("--shift", type=positive,
-        help="time shift a: a t / (1 + (a-1) t), 1 for none; 1/s for LightningDiT's s")
+        help="time shift a: a t / (1 + (a-1) t), 1 for none; 1/s for LightningDiT's s "
+             "(default for text: FLUX's, by the number of tokens)")
     add("--cfg", type=float, help="guidance scale, 1 for none")
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"),
         help="times (the paper's) with guidance")
@@ -266,6 +320,9 @@ def parse(argv=None):
         help="guide the first channels only (3: LightningDiT's rule; default: all)")
     add("--labels", default="balanced",
         help="balanced, random, or classes such as 3,3,7 (default: %(default)s)")
+    add("--prompt", action="append", help="text to draw; may be repeated")
+    add("--prompts", help="file of prompts, one a line")
+    text_flags(p)
     add("--seed", type=index, default=0)
     add("--batch-size", type=count, help="images at once in one process")
     add("--out", help="NAME.npz (arr_0, for fid.py and the ADM evaluator) or a folder of PNGs")
@@ -294,7 +351,13 @@ def main(argv=None):
     args = parse(argv)
     rank, world, device = runs.setup_ranks()
     args.dit = Path(args.dit or last_dit())
-    model, tokenizer = load_pair(args)
+    model, content, tokenizer = load_pair(args)
+    prompts, text = encode_prompts(args, model, content, device)
+    if prompts and "shift" not in args.given:
+        h, w = model.arguments["grid"]
+        args.shift = time_shift(h * w / model.patch ** 2)
+    if prompts and "num" not in args.given:
+        args.num = len(prompts)
     model.to(device)
     tokenizer.to(device)
     labels = choose_labels(args.labels, model.num_classes, args.num, args.seed)
@@ -306,13 +369,14 @@ def main(argv=None):
     def draw(indices):
         nonlocal evaluations
         images, evaluations = generate(model, tokenizer, np.asarray(indices), labels, args.seed,
-                                       times, args.method, dtype, **guidance)
+                                       times, args.method, dtype, text, **guidance)
         return images
 
     lo, hi = args.cfg_interval
+    kind = "from text" if prompts else f"{model.num_classes or 'no'} classes"
     print_0(f"{args.dit}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-            f"{model.num_classes or 'no'} classes, {args.method}, {args.steps} steps, shift "
-            f"{args.shift:g}, cfg {args.cfg if model.num_classes else 1:g} for t in "
+            f"{kind}, {args.method}, {args.steps} steps, shift "
+            f"{args.shift:g}, cfg {args.cfg if prompts or model.num_classes else 1:g} for t in "
             f"[{lo:g}, {hi:g}], {device.type}, {str(dtype).removeprefix('torch.')}")
     if args.out:
         recipe = {k: getattr(args, k) for k in (
@@ -321,6 +385,8 @@ def main(argv=None):
         if rank == 0:
             recipe |= {"time": guidance["time"], "dtype": str(dtype),
                        "generator": sha256(args.dit), "tokenizer": sha256(args.tokenizer)}
+            if prompts:
+                recipe["prompts"] = prompts
         if args.out.endswith(".npz"):
             side = [s * tokenizer.factor for s in model.arguments["grid"]]
             write_npz(args.out, draw, args.num, side, args.batch_size, recipe, args.overwrite)
@@ -332,7 +398,11 @@ def main(argv=None):
         grid = args.grid or args.dit.parent / "samples.png"
         n = min(args.num, 96) if args.out else args.num
         images = torch.cat([draw(batch).cpu() for batch in ranges(n, args.batch_size)])
-        save_grid(grid_rows(images, labels), grid)
+        if prompts:
+            shown = [prompts[i % len(prompts)] for i in range(n)]
+            save_captioned_grid(images, shown, grid)
+        else:
+            save_grid(grid_rows(images, labels), grid)
         print(f"{n} images in {grid}")
     if evaluations:
         print_0(f"network evaluations per image: {sum(evaluations)} = {evaluations[0]} + "

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -33,6 +34,7 @@ import torchvision
 from PIL import Image
 
 import baselines
+import captions
 import data
 import fid
 import files
@@ -274,7 +276,7 @@ def gaussian(mu, sigma):
 
 # ---------------------------------------------------------------------------------------- the house
 
-TIERS = [{"model", "losses"}, {"files", "mmdit"}, {"runs", "data"}, {"toy", "baselines", "vfm_vae"},
+TIERS = [{"model", "losses"}, {"files", "mmdit"}, {"runs", "data"}, {"toy", "baselines", "captions", "vfm_vae"},
          {"fid", "sample"}, {"train_tokenizer", "train_dit"}]
 ON_TOP = {"test_smoke", "test_faults", "bench", "results"}  # they may import anything
 
@@ -880,6 +882,26 @@ def test_shapes():
     assert np.ptp(same_class, axis=0).max() > 20
 
 
+def test_captions_of_shapes():
+    """Names of colours by hand; a caption names the shape and the colours that are in its image."""
+    for rgb, name in {(1, 0, 0): "red", (0.9, 0.8, 0.1): "yellow", (0.1, 0.3, 0.2): "dark green",
+                      (0, 0.4, 0.45): "dark cyan", (0.9, 0.1, 0.25): "red", (0.2, 0.2, 0.2): "black",
+                      (0.6, 0.6, 0.5): "grey", (1, 0.9, 0.9): "white", (0.5, 0, 0.6): "purple",
+                      (0.1, 0.05, 0.1): "black", (0.2, 0.3, 0.9): "blue"}.items():
+        assert toy.colour_name(rgb) == name, (rgb, name)
+    shapes, seen = Shapes(n=48), set()
+    for i, caption in enumerate(shapes.captions):
+        words = caption.removesuffix(" ground").split()
+        subject, ground = words[:words.index("on")], words[words.index("on") + 1:]
+        assert subject[0] == "a" and subject[-1] == shapes.classes[shapes.labels[i]]
+        seen.add((caption.endswith("ground"), ground[0] == "a"))
+        image = np.asarray(shapes.image(i), float) / 255
+        corners = np.concatenate([image[:4].reshape(-1, 3), image[-4:].reshape(-1, 3)])
+        names = {toy.colour_name(c) for c in [corners.mean(0), *corners[::16]]}
+        assert names & {" ".join(word for word in ground if word != "a")}, (caption, names)
+    assert seen == {(True, True), (False, False)}
+
+
 def test_stand_in_encoder():
     """Trained on the labels once, then read from its file; refused where it was made otherwise."""
     args = SimpleNamespace(seed=0, size=32, pretrain_steps=2, overwrite=False, workers=0,
@@ -1087,6 +1109,142 @@ def test_flux_vae_as_a_tokenizer():
         mse = (data.to_uint8(vae.decode(vae.encode(x))) - images.astype(float)) ** 2
         found = figures("--recon", d / "ae.pt", d / "a", "--size", 64, "--metrics", "psnr")
         close(found["PSNR"], (10 * np.log10(255 ** 2 / mse.mean((1, 2, 3)))).mean(), 1e-5)
+
+
+# -------------------------------------------------------------------------------------- captions.py
+
+def test_caption_folder():
+    """Images and the .txt beside them, at any depth; each mistake is one line."""
+    with folder() as d:
+        write_images(d, n=4)
+        for i, path in enumerate(sorted(d.rglob("*.png"))):
+            path.with_suffix(".txt").write_text(f" number {i}\n")
+        pairs = captions.open_captions(d, d / "index", 0)
+        assert pairs.captions == [f"number {i}" for i in range(4)] and len(pairs) == 4
+        assert np.array_equal(pairs.image(2), Image.open(d / "class1" / "001.png"))
+        text = d / "class0" / "000.txt"
+        for words, change in {
+                ("1 empty captions", "000.txt"): lambda: text.write_text(" \n"),
+                ("1 images without a caption", "000.png"): text.unlink,
+                ("1 captions without an image", "x.txt"): lambda: (
+                    text.write_text("a"), (d / "x.txt").write_text("a"))}.items():
+            change()
+            with refused(*words):
+                captions.open_captions(d, d / "index", 0)
+        with refused("not found", "missing"):
+            captions.open_captions(d / "missing", d / "index", 0)
+
+
+def write_shard(path, samples):
+    """A tar as img2dataset writes it. samples: {key: {suffix: bytes}}."""
+    with tarfile.open(path, "w") as tar:
+        for key, parts in samples.items():
+            for suffix, content in parts.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def jpeg(seed):
+    content, pixels = io.BytesIO(), np.random.default_rng(seed).integers(0, 256, (40, 32, 3))
+    Image.fromarray(pixels.astype(np.uint8)).save(content, "JPEG")
+    return content.getvalue()
+
+
+def test_caption_shards():
+    """The whole samples of two shards, in order; the broken ones are counted and named; a shard is
+    read through once, and again when it has changed; one that is cut off."""
+    with folder() as d:
+        whole = {f"{i:05d}": {"jpg": jpeg(i), "txt": f"picture {i}".encode(), "json": b"{}"}
+                 for i in range(6)}
+        broken = {"10": {"jpg": jpeg(0)[:500], "txt": b"cut"}, "11": {"jpg": jpeg(0)},
+                  "12": {"txt": b"alone"}, "13": {"jpg": jpeg(0), "txt": b" "}}
+        write_shard(d / "00000.tar", dict(list(whole.items())[:4]))
+        write_shard(d / "00001.tar", broken | dict(list(whole.items())[4:]))
+        with patch("builtins.print") as printed:
+            shards = captions.open_captions(d, d / "index", 1)
+        text = printed.call_args[0][0]
+        assert "4 broken samples" in text and all(f"00001.tar:{k}" in text for k in broken), text
+        assert shards.captions == [f"picture {i}" for i in range(6)] and len(shards) == 6
+        for i in range(6):
+            assert np.array_equal(shards.image(i), Image.open(io.BytesIO(jpeg(i))))
+        with patch.object(captions, "read_shard", side_effect=AssertionError):
+            again = captions.CaptionShards(d, d / "index")
+        assert again.samples == shards.samples and again.identity == shards.identity
+        write_shard(d / "00001.tar", {"00009": whole["00000"]})
+        changed = captions.CaptionShards(d, d / "index")
+        assert len(changed) == 5 and changed.identity != shards.identity
+        tar = (d / "00001.tar").read_bytes()
+        (d / "00001.tar").write_bytes(tar[:1500])
+        with refused("1 of 2 shards", "00001.tar", "cut off"):
+            captions.CaptionShards(d, d / "index")
+
+
+def test_words():
+    """The built-in text encoder by hand: which word stands where, and how many times."""
+    encoder = captions.Words(["red", "star", "on"])
+    rows = torch.from_numpy(encoder(["Red star, on red", ""]))
+    text, pooled = captions.unpack(rows, encoder.T, encoder.P)
+    assert text.shape == (2, 10, 13) and pooled.tolist() == [[2, 1, 1], [0, 0, 0]]
+    assert text[0, :5, :3].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0]]
+    assert torch.equal(text[:, :, 3:], torch.eye(10).expand(2, -1, -1)) and not text[1, :, :3].any()
+    with refused("does not know blue", "red star on"):
+        encoder(["red on blue"])
+    with patch("builtins.print") as printed:
+        assert np.array_equal(encoder(["red " * 11]), encoder(["red " * 10]))
+    assert "longer than the text encoder's 10 tokens" in printed.call_args[0][0]
+
+
+class FakeTransformers:
+    """As much of the package as ClipT5 asks for: a token is a letter's number, a network's output
+    its multiple."""
+    logging = SimpleNamespace(set_verbosity_error=lambda: None)
+
+    class AutoTokenizer:
+        @classmethod
+        def from_pretrained(cls, folder, **_):
+            return lambda prompts, max_length=None, **_: {"input_ids": (
+                torch.tensor([([ord(c) for c in p] + [0] * max_length)[:max_length]
+                              for p in prompts]) if max_length else list(prompts))}
+
+    class CLIPTextModel(torch.nn.Module):
+        width, times = 2, 1.0
+
+        @classmethod
+        def from_pretrained(cls, folder, **_):
+            model = cls()
+            model.config = SimpleNamespace(hidden_size=cls.width)
+            model.weight = torch.nn.Parameter(torch.tensor(cls.times))
+            return model, {"missing_keys": ["norm"] if "broken" in str(folder) else []}
+
+        def forward(self, input_ids):
+            hidden = self.weight * input_ids[..., None].expand(-1, -1, self.width).float()
+            return SimpleNamespace(last_hidden_state=hidden, pooler_output=hidden.sum(1))
+
+    class T5EncoderModel(CLIPTextModel):
+        width, times = 3, 10.0
+
+
+def test_clip_and_t5():
+    """CLIP's pooled text of 77 tokens and T5's tokens, padded or cut to L; each mistake is one
+    line, also without the package."""
+    with folder() as d, patch.dict(sys.modules, transformers=FakeTransformers):
+        (d / "broken").mkdir()
+        encoder = captions.ClipT5(d, d, 4, CPU)
+        with patch("builtins.print") as printed:
+            rows = torch.from_numpy(encoder(["ab", "abcdef"]))
+        text, pooled = captions.unpack(rows, encoder.T, encoder.P)
+        assert (encoder.L, encoder.T, encoder.P) == (4, 3, 2)
+        assert text[:, :, 2].tolist() == [[970, 980, 0, 0], [970, 980, 990, 1000]]
+        assert pooled.tolist() == [[195, 195], [597, 597]]
+        assert "1 prompts are longer" in printed.call_args[0][0]
+        assert captions.ClipT5(d, d, 5, CPU).identity != encoder.identity
+        with refused("--t5 None"):
+            captions.ClipT5(d, None, 4, CPU)
+        with refused("--t5", "broken", "lacks norm"):
+            captions.ClipT5(d, d / "broken", 4, CPU)
+        with patch.dict(sys.modules, transformers=None), refused("pip install transformers"):
+            captions.ClipT5(d, d, 4, CPU)
 
 
 # ----------------------------------------------------------------------------------------- files.py
@@ -1670,6 +1828,88 @@ def test_train_dit():
                 execute(train_dit, *ours, "--steps", 4, "--out", a, *flags)
         with refused("missing.pt"):  # on the built-in shapes
             execute(train_dit, "--preset", "tiny", "--tokenizer", "missing.pt", "--out", d / "c")
+
+
+def test_train_from_captions():
+    """--captions: bit-exact resume; dropped captions are the empty one, images are not flipped; the
+    schedule of t; prompts to pictures, whatever the batch; what must be refused."""
+    with folder() as d, patch.dict(MMDITS, mini={"dim": 32, "depth": 1, "depth_single": 1,
+                                                 "axes": [4, 6, 6]}):
+        ours = [*mini_dit(d)[:-4], "--captions", "--data", "shapes", "--log-every", 1]
+        with patch.object(Shapes, "__len__", lambda _: 24), patch.object(
+                Shapes, "captions", [f"a red {name}" for name in toy.SHAPES] * 2):
+            for steps in (1, 2):
+                execute(train_dit, *ours, "--out", d / "a", "--steps", steps)
+            execute(train_dit, *ours, "--out", d / "b", "--steps", 2)
+            assert same(*(load_file(d / k / "dit_step00000002.pt") for k in "ab")) is None
+            text = np.load(d / "a" / "text.npy")
+            encoder = captions.Words(toy.VOCABULARY)
+            assert np.array_equal(text, encoder([*Shapes.captions, ""]))
+            with refused("text.npy", "text encoder words ->"), patch.object(
+                    captions.Words, "identity", "another"):
+                execute(train_dit, *ours, "--out", d / "a", "--steps", 2)
+
+            images = Shapes(size=32)
+            args = train_dit.parse([str(flag) for flag in ours])
+            latents = np.load(d / "a" / "latents.npy")
+            assert latents.shape == (24, 1, 8, 2, 2)
+            flow = train_dit.FlowData(images, latents, (8, 2, 2), 0, args, text)
+            draws = [flow[epoch, i] for epoch in range(40) for i in range(24)]
+            empty = [torch.equal(y, torch.from_numpy(text[24]).float()) for _, y, _, _ in draws]
+            assert 0.07 < np.mean(empty) < 0.13
+            kept = [i for i in range(24) if not empty[i]]
+            assert all(np.array_equal(draws[i][1], text[i]) for i in kept)
+            assert all(np.array_equal(draws[i][0], latents[i, 0]) for i in range(24))
+
+        dit, ours = d / "a" / "dit_step00000002.pt", [
+            "--preset", "tiny", "--tokenizer", d / "tok.pt", "--steps", 2, "--dtype", "fp32"]
+        ours += ["--dit", dit, "--prompt", "a red star on blue",
+                 "--prompt", "a white ring on a dark green ground"]
+        execute(sample, *ours, "-n", 3, "--out", d / "a.npz", "--batch-size", 3, "--grid",
+                d / "grid.png")
+        execute(sample, *ours, "-n", 5, "--out", d / "b.npz", "--batch-size", 2)
+        with np.load(d / "a.npz") as a, np.load(d / "b.npz") as b:
+            assert np.abs(a["arr_0"].astype(int) - b["arr_0"][:3]).max() <= 1
+        assert Image.open(d / "grid.png").size[0] == 3 * 128
+        (d / "prompts.txt").write_text("\n")
+        tokenizer, classes = small_tokenizer(), small_dit(depth=1, d=8)
+        other = save_dit(classes, d / "classes.pt", tokenizer)
+        for words, flags in {("--prompt TEXT",): ours[:-4],
+                             ("does not know elephant",): [*ours, "--prompt", "an elephant"],
+                             ("prompts.txt", "no prompt"): [*ours[:-4], "--prompts",
+                                                            d / "prompts.txt"],
+                             ("takes no prompts",): [*ours, "--dit", other],
+                             ("--t5 None",): [*ours, "--clip-text", d]}.items():
+            with refused(*words), patch.dict(sys.modules, transformers=FakeTransformers):
+                execute(sample, *flags)
+        for words, flags in {("--model XL/1", "2B"): ["--captions", "--model", "XL/1"],
+                             ("--model 2B", "XL/1"): ["--model", "2B"],
+                             ("--unconditional",): ["--captions", "--unconditional"]}.items():
+            with refused(*words):
+                train_dit.parse(flags)
+
+
+def test_guidance_from_text():
+    """v = v_null + cfg (v_text - v_null), both parts of the text, each image with its own prompt;
+    FLUX's schedule of t."""
+    net = random_weights(MMDiT(**SMALL_MMDIT | {"patch": 1, "d": 8, "grid": (2, 2)}))
+    text = np.random.default_rng(0).standard_normal((3, 4 * 5 + 7)).astype(np.float32)
+    tokenizer, times = small_tokenizer(), [1.0, 0.0]
+    images, counts = sample.generate(net, tokenizer, np.arange(4), None, 0, times, text=text,
+                                     cfg=3.0)
+    assert counts == (1, 1)
+    for i in range(4):
+        z1 = torch.from_numpy(data.rng(0, "noise", i).standard_normal((8, 2, 2), np.float32))[None]
+        with torch.no_grad():
+            v, v_null = (net(z1, torch.ones(1), captions.unpack(torch.from_numpy(row[None]), 5, 7))
+                         for row in (text[i % 2], text[2]))
+        z0 = z1 - (v_null + 3 * (v - v_null))
+        want = tokenizer.decode(tokenizer.unnormalize(z0))
+        assert torch.allclose(images[i:i + 1], want, atol=1e-4)
+    t = losses.logit_normal(torch.tensor([0.0, 2.0]), shift=3.0)
+    close(t[0].item(), 3 * 0.5 / (1 + 2 * 0.5), 1e-6)
+    mu, plain = math.log(3.0), 1 / (1 + math.exp(-2))  # FLUX writes e^mu / (e^mu + 1/t - 1)
+    close(t[1].item(), math.exp(mu) / (math.exp(mu) + 1 / plain - 1), 1e-6)
 
 
 def test_loss_by_time():

@@ -1,6 +1,8 @@
 """What the preset tiny needs, to do without download, data set and GPU: shapes that are drawn on
 the fly, and a small encoder that stands in for DINOv2.
 """
+import colorsys
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,21 @@ SHAPES = {
 }
 
 
+# names of hues, from 0 degrees on in steps of 60
+HUES = ["red", "yellow", "green", "cyan", "blue", "purple"]
+VOCABULARY = ["a", "an", "on", "ground", "dark", "black", "grey", "white", *HUES, *SHAPES]
+
+
+def colour_name(rgb):
+    """The name of a colour (3,) in [0, 1]: its hue, dark where no channel reaches a half; black,
+    grey or white where its channels are much the same."""
+    high, low = max(rgb), min(rgb)
+    if high - low < 0.25 * high or high < 0.15:
+        return "black" if high < 0.25 else "grey" if high < 0.75 else "white"
+    hue = colorsys.rgb_to_hsv(*rgb)[0]
+    return ("dark " if high < 0.5 else "") + HUES[round(6 * hue) % 6]
+
+
 class Shapes:
     """One filled shape on a ground; image i is a function of (split, i). Colours, textures, size,
     place and rotation (up to 17 degrees) vary; the shape is lighter than the ground."""
@@ -67,14 +84,30 @@ class Shapes:
     def pixels(self, i):
         return to_pixels(self.image(i))
 
-    def _draw(self, i):
-        r, S = rng("shapes", self.split, i), self.size
+    @property
+    def captions(self):
+        """Such as "a yellow ring on dark green", or "on a dark green ground"."""
+        return [self._caption(i) for i in range(self.n)]
+
+    def _caption(self, i):
+        textures = self._textures(rng("shapes", self.split, i))
+        ground, shape = (colour_name(texture.mean((0, 1))) for texture in textures)
+        if rng("shapes", "words", self.split, i).random() < 0.5:
+            ground = f"a {ground} ground"
+        return f"a {shape} {self.classes[self.labels[i]]} on {ground}"
+
+    def _textures(self, r):
+        """Of ground and shape, (S, S, 3) in [0, 1] each."""
         colours = r.random((2, 2, 3))  # (ground or shape, its two colours, RGB)
         while colours[1, 0].mean() - colours[0, 0].mean() < 0.35:  # any hue, but a lighter shape
             colours = r.random((2, 2, 3))
         # a texture's two colours are close to each other
         colours[:, 1] = 0.75 * colours[:, 0] + 0.25 * colours[:, 1]
-        ground, shape = (self._texture(r, a, b) for a, b in colours)
+        return [self._texture(r, a, b) for a, b in colours]
+
+    def _draw(self, i):
+        r, S = rng("shapes", self.split, i), self.size
+        ground, shape = self._textures(r)
         radius, angle = S * r.uniform(0.32, 0.45), r.uniform(-0.3, 0.3)
         place = S / 2 + 0.6 * r.uniform(radius - S / 2, S / 2 - radius, 2)
         turn = radius * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])

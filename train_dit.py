@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import captions
 import losses
 import runs
 import toy
@@ -54,9 +55,10 @@ from files import (
     reading,
     require_statistics,
 )
+from mmdit import MMDITS, MMDiT, time_shift
 from model import DITS, LightningDiT, update_ema
 from runs import count, fraction, positive, weight
-from sample import choose_labels, generate, grid_rows, time_grid
+from sample import choose_labels, generate, grid_rows, text_encoder, text_flags, time_grid
 
 BINS = 5  # of t, in the log
 COLUMNS = ["step", "loss", "mse", "cosine", "grad_norm",
@@ -67,12 +69,14 @@ COLUMNS = ["step", "loss", "mse", "cosine", "grad_norm",
 
 def training_step(batch, s, args, last):
     """One micro-batch: backward through the flow-matching loss. batch: (z0, or with --no-cache the
-    images; y; N(0, 1) for t; z1). Returns what is logged, as scalars on the device."""
+    images; y, with --captions a row of text; N(0, 1) for t; z1). Returns what is logged, as scalars on the device."""
     z0, y, normal, z1 = batch
     if s.encode:
         with torch.no_grad():
             z0 = s.tokenizer.normalize(s.tokenizer.encode(z0))  # (B, d, h, w)
-    t = losses.logit_normal(normal)  # (B,)
+    if s.prompts:
+        y = captions.unpack(y, *s.text_widths)
+    t = losses.logit_normal(normal, s.shift)  # (B,)
     with runs.no_sync(s.ddp_model, not last):
         with s.autocast():
             loss, mse, cosine = losses.flow_matching(s.ddp_model, z0, z1, t, y, args.w_cos)
@@ -128,6 +132,10 @@ def averages(meter):
 def sample_grid(s, args, path):
     """Eight images of up to twelve classes, one class a row. Without guidance, because guidance
     hides how far the training has come."""
+    if s.prompts:
+        images, _ = generate(s.ema, s.tokenizer, np.arange(len(s.prompts)), None, args.seed,
+                             time_grid(20, s.shift), dtype=s.dtype, text=s.text)
+        return captions.save_captioned_grid(images.cpu(), s.prompts, path)
     K, labels, n = s.ema.num_classes, None, 64
     if K:
         classes = np.unique(np.linspace(0, K - 1, min(K, 12)).astype(int))
@@ -143,7 +151,8 @@ def sample_grid(s, args, path):
 @torch.no_grad()
 def cached_latents(path, tokenizer, data, args, device):
     """The normalised latents of all images, as they are and flipped: a read-only memory map
-    (n, 2, d, h, w) fp16.
+    (n, 2, d, h, w) fp16; with --captions (n, 1, d, h, w), because a caption may tell left from
+    right.
 
     Encoded once, by all ranks; after a stop, only what is missing. In fp32, so that a latent does
     not depend on the hardware's bf16. The file belongs to one tokenizer (its fingerprint) and one
@@ -155,22 +164,24 @@ def cached_latents(path, tokenizer, data, args, device):
         pixels.update(item.encode() if isinstance(item, str) else item[0].numpy().tobytes())
     recipe = {"tokenizer": fingerprint(tokenizer), "data": data.identity,
               "pixels": pixels.hexdigest()[:16], "size": args.size}
-    shape = (2, tokenizer.d, side, side)
+    views = 1 if args.captions else 2
+    shape = (views, tokenizer.d, side, side)
     array = BatchedArray(path, n, shape, np.float16, recipe, args.overwrite)
     if not array.complete:
         missing = array.missing(args.encode_batch)
-        gib = n * 4 * tokenizer.d * side ** 2 / 2 ** 30
-        print_0(f"encoding {n} images, original and flipped, into {path} ({gib:.2f} GiB)")
+        gib = n * views * 2 * tokenizer.d * side ** 2 / 2 ** 30
+        print_0(f"encoding {n} images{', original and flipped,' * (views - 1)} into {path} "
+                f"({gib:.2f} GiB)")
         order = [[(0, i) for i in batch] for batch in missing]
         stream = batches(crops, order, args.workers, device)
         bar = tqdm(stream, "encoding", len(missing), disable=array.rank != 0, mininterval=1)
         for batch, (x, _) in zip(missing, bar):
-            x = torch.stack([x, x.flip(3)], dim=1).flatten(0, 1)  # (2B, 3, H, W)
-            z = tokenizer.normalize(tokenizer.encode(x)).half()  # (2B, d, h, w)
+            x = torch.stack([x, x.flip(3)][:views], dim=1).flatten(0, 1)  # (views*B, 3, H, W)
+            z = tokenizer.normalize(tokenizer.encode(x)).half()  # (views*B, d, h, w)
             if not z.isfinite().all():
                 raise UserError(
                     f"a latent of images {batch[0]} to {batch[-1]} is not finite in fp16")
-            array.write(batch, z.unflatten(0, (-1, 2)).cpu().numpy())
+            array.write(batch, z.unflatten(0, (-1, views)).cpu().numpy())
         array.finish()
     # no checksum: reading ImageNet's 39 GiB takes minutes, and a flipped bit is one value
     with reading(path, "cache of latents (delete it to make it anew)"):
@@ -185,17 +196,19 @@ def cached_latents(path, tokenizer, data, args, device):
 class FlowData(Dataset):
     """What a loader reads: item (epoch, i) is (x, y, normal, z1). x: the latent (d, h, w) of image
     i, or without `latents` its pixels, maybe flipped. y: its class, or K where the label is
-    dropped. normal ~ N(0, 1) makes t. z1: noise (d, h, w)."""
+    dropped; with `text`, captions.cached_text's, the row of its caption, or of the empty one,
+    and no flip. normal ~ N(0, 1) makes t. z1: noise (d, h, w)."""
 
-    def __init__(self, data, latents, shape, num_classes, args):
+    def __init__(self, data, latents, shape, num_classes, args, text=None):
         self.data, self.latents, self.shape = data, latents, shape
-        self.num_classes, self.label_drop = num_classes, args.label_drop
+        self.num_classes, self.label_drop, self.text = num_classes, args.label_drop, text
         self.size, self.seed = args.size, args.seed
 
     def __getitem__(self, item):
         epoch, i = item
         r = rng(self.seed, "flow", epoch, i)
         flip, dropped = r.random() < 0.5, r.random() < self.label_drop
+        flip = flip and self.text is None
         normal = torch.tensor(r.standard_normal()).float()
         z1 = torch.from_numpy(r.standard_normal(self.shape, np.float32))
         if self.latents is not None:
@@ -209,6 +222,8 @@ class FlowData(Dataset):
                 x = x.flip(2)
         K = self.num_classes
         y = K if dropped or not K else self.data.labels[i]
+        if self.text is not None:
+            y = torch.from_numpy(self.text[-1 if dropped else i].astype(np.float32))
         return x, y, normal, z1
 
 
@@ -226,9 +241,22 @@ def set_up(args, run, data, device):
     latents = None if args.no_cache else cached_latents(
         args.cache or run.out / "latents.npy", tokenizer, data, args, device)
 
+    prompts, text = None, None
+    if args.captions:
+        encoder, written = text_encoder(args, device), data.captions
+        text = captions.cached_text(args.text_cache or run.out / "text.npy", encoder, written,
+                                    args.encode_batch, args.overwrite)
+        prompts = written[:16]
+
     torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))  # the same on every rank
-    model = LightningDiT(**DITS[args.model], d=tokenizer.d, num_classes=K, qk_norm=args.qk_norm,
-                         grid=[args.size // tokenizer.factor] * 2, patch=patch).to(device)
+    side, shift = args.size // tokenizer.factor, 1.0
+    latent = {"d": tokenizer.d, "grid": [side, side], "patch": patch}
+    if args.captions:
+        model = MMDiT(**MMDITS[args.model], **latent, text=encoder.T, pooled=encoder.P).to(device)
+        shift = time_shift((side // patch) ** 2)
+    else:
+        model = LightningDiT(**DITS[args.model], **latent, num_classes=K,
+                             qk_norm=args.qk_norm).to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, args.lr, betas=(0.9, args.beta2), weight_decay=0, fused=True)
@@ -238,8 +266,12 @@ def set_up(args, run, data, device):
     recipe |= {k: getattr(args, k) for k in (
         "model", "qk_norm", "size", "batch_size", "accum", "lr", "beta2", "clip", "w_cos",
         "label_drop", "ema_decay", "seed")}
+    if args.captions:
+        recipe |= {"text encoder": encoder.identity,
+                   "captions": captions.digest("\0".join(written))}
     s = SimpleNamespace(
-        prefix="dit", recipe=recipe, step=0, steps=args.steps, log_every=args.log_every,
+        text=text, prompts=prompts, text_widths=args.captions and (encoder.T, encoder.P),
+        shift=shift, prefix="dit", recipe=recipe, step=0, steps=args.steps, log_every=args.log_every,
         shown=("mse", "cosine"), tokenizer=tokenizer, model=model, ema=ema, trained=trained,
         opt=opt, meter=runs.Meter(device), encode=latents is None, dtype=dtype,
         autocast=partial(runs.autocast, device, dtype))
@@ -260,12 +292,14 @@ def training_latents(s, args, run, data, latents, world, device):
     order = ShuffledBatches(len(data), args.batch_size, (args.seed, "order"), s.step, args.accum,
                             run.rank, world)
     epochs = args.steps * args.batch_size / len(data)
+    kind = "from captions" if s.prompts else f"{K} classes" if K else "unconditional"
     print_0(
-        f"LightningDiT {args.model}: {sum(p.numel() for p in s.trained) / 1e6:.2f}M parameters "
-        f"train; latents {'x'.join(map(str, shape))}, {f'{K} classes' if K else 'unconditional'}\n"
+        f"{type(s.model).__name__} {args.model}: {sum(p.numel() for p in s.trained) / 1e6:.2f}M parameters "
+        f"train; latents {'x'.join(map(str, shape))}, "
+        f"{kind}\n"
         f"{runs.describe(s, args, len(data), world)} = {epochs:.1f} epochs\n"
         f"  {device.type}, {s.recipe['dtype']}, latents {'encoded anew' if s.encode else 'cached'}")
-    return batches(FlowData(data, latents, shape, K, args), order, args.workers, device)
+    return batches(FlowData(data, latents, shape, K, args, s.text), order, args.workers, device)
 
 
 # ---- the command line
@@ -288,11 +322,17 @@ def parse(argv=None):
     add = p.add_argument
     add("--tokenizer", default="runs/tokenizer/stage3.pt",
         help="default: %(default)s; stage 2's has the same latents; FLUX's VAE: its official file")
-    add("--model", choices=DITS, help="size")
+    add("--model", choices=[*DITS, *MMDITS], help="size")
     add("--out", default="runs/dit", help="the run's folder (default: %(default)s)")
     p.training_flags()
     add("--qk-norm", action="store_true", help="RMSNorm on queries and keys: for long trainings")
     add("--unconditional", action="store_true", help="ignore the classes")
+    add("--captions", action="store_true",
+        help="text to image, by FLUX's transformer: --data holds NAME.jpg beside NAME.txt, or "
+             "img2dataset's *.tar; 'shapes' has captions too")
+    text_flags(p)
+    add("--text-cache",
+        help="file of the encoded captions (default: text.npy in --out); runs may share it")
     add("--lr", type=positive, help="of AdamW, constant")
     add("--beta2", type=fraction, default=0.95, help="of AdamW (default: %(default)s)")
     add("--clip", type=positive, default=1.0,
@@ -304,7 +344,16 @@ def parse(argv=None):
     add("--cache", help="file of the latents (default: latents.npy in --out); runs may share it")
     add("--no-cache", action="store_true", help="encode every batch anew: no disk, more time")
     add("--encode-batch", type=count, help="images at once while the cache is made")
-    return p.fill(argv, PRESETS)
+    args = p.fill(argv, PRESETS)
+    if args.captions and "model" not in args.given:
+        args.model = {"tiny": "tiny", "paper": "2B"}[args.preset]
+    sizes = MMDITS if args.captions else DITS
+    if args.model not in sizes:
+        raise UserError(f"--model {args.model} is a size {'without' if args.captions else 'of'} "
+                        f"--captions; here: {', '.join(sizes)}")
+    if args.captions and args.unconditional:
+        raise UserError("--captions and --unconditional exclude each other")
+    return args
 
 
 def main(argv=None):
@@ -317,6 +366,8 @@ def main(argv=None):
                 path.unlink(missing_ok=True)
         if args.data == "shapes":
             data, _ = toy.open_shapes(args.val, args.size, args.val_images)
+        elif args.captions:
+            data = captions.open_captions(args.data, run.out / "shards", args.workers)
         else:
             data, _ = open_folders(args.data, args.val, args.val_images)
         s, latents = set_up(args, run, data, device)
