@@ -263,14 +263,14 @@ class ClipT5:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     folder, local_files_only=True)
                 network, report = model.from_pretrained(
-                    folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
+                    folder, local_files_only=True, output_loading_info=True)
             except Exception as e:  # the package may raise anything
                 raise UserError(f"{flag} {folder} is no {model.__name__} of the package "
                                 f"transformers: {str(e).splitlines()[0][:200]}") from e
             if report["missing_keys"]:
                 raise UserError(f"{flag} {folder} is no {model.__name__}: it lacks "
                                 f"{few(sorted(report['missing_keys']))}")
-            self.parts.append((tokenizer, network.requires_grad_(False).eval().to(device)))
+            self.parts.append((tokenizer, network.float().requires_grad_(False).eval().to(device)))
         self.P, self.T = (network.config.hidden_size for _, network in self.parts)
         state = hashlib.sha256(str(length).encode())
         for _, network in self.parts:

@@ -2,8 +2,11 @@
 
     dz/dt = v(z, t),  t: 1 -> 0 in N intervals, by Euler (N evaluations) or Heun (2N)
     guidance:  v = v_null + cfg (v_class - v_null)  for lo <= t <= hi, elsewhere v_class alone
+               from text: v_text and v_empty in their place
 
 A grid of the last generator in runs/dit:  python sample.py --preset tiny
+From text:                                 python sample.py --dit runs/t2i/dit_step00001200.pt
+    --preset tiny --prompt "a red star on a blue ground"
 50,000 images for fid.py, eight GPUs:
     torchrun --standalone --nproc_per_node 8 sample.py -n 50000 --out samples.npz
 

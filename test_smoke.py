@@ -1191,7 +1191,7 @@ def test_words():
     with refused("does not know blue", "red star on"):
         encoder(["red on blue"])
     with patch("builtins.print") as printed:
-        assert np.array_equal(encoder(["red " * 11]), encoder(["red " * 10]))
+        assert encoder(["red " * 11])[0, -3:].tolist() == [10, 0, 0]
     assert "longer than the text encoder's 10 tokens" in printed.call_args[0][0]
 
 

@@ -7,6 +7,9 @@
 CPU, after the tokenizer's tiny run:  python train_dit.py --preset tiny
 One GPU:                              python train_dit.py --accum 8
 Eight GPUs, the paper's 80K steps:    torchrun --standalone --nproc_per_node 8 train_dit.py
+Text to image, tiny:                  python train_dit.py --preset tiny --captions --out runs/t2i
+With FLUX's text encoders:            torchrun ... train_dit.py --captions --data SHARDS
+                                          --clip-text DIR --t5 DIR
 
 A run is a folder, runs/dit: latents.npy (each image encoded once, as it is and flipped; normalised,
 fp16), the last two dit_step*.pt (they resume, and sample.py reads their EMA), log.csv, PNG grids of
@@ -15,6 +18,9 @@ is a function of (seed, epoch, image).
 
 Departures from LightningDiT's code: the paper's direction of time; the gradient is clipped; the
 loader (FlowData) draws the noise and drops the labels.
+
+From text (mmdit.py, captions.py): the paper names neither text encoders nor recipe; captions are
+dropped together, t is shifted as FLUX's sampler shifts it, and images are not flipped.
 
 Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 """
