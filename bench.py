@@ -76,6 +76,7 @@ def encoder(folder, backward=True):
 def decoder(folder):
     z, ours = torch.randn(2, 32, 16, 16), Decoder(**DECODERS["vavae"])
     ours.to(memory_format=torch.channels_last)
+    runs.fast_weight_gradients(ours)
     yield "ours", step(ours, lambda: ours(z), AUTO)
     yield "ours fp32", step(ours, lambda: ours(z))
     if vae := peer("diffusers.models.autoencoders.vae"):
@@ -109,6 +110,8 @@ def stage2(folder):
     model, ema, frozen = (Tokenizer(ENCODERS["vitb14"], DECODERS["vavae"]).train()
                           for _ in range(3))
     torch.nn.ModuleList([ema, frozen]).requires_grad_(False)
+    for net in (model, critic):
+        runs.fast_weight_gradients(net)
     trained = [p for m in (model, critic) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.Adam(trained, 1e-4, fused=True)
     args = train_tokenizer.parse(["--accum", "1"])

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import itertools
 import math
 import multiprocessing
 import operator
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -122,6 +125,64 @@ def checkpoint_activations(model):
     for block in model.modules():
         if isinstance(block, (Block, ResnetBlock, DiTBlock)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+class TapConvolution(torch.autograd.Function):
+    """F.conv2d whose weight gradient is a matrix product for each tap (i, j) of the kernel:
+    dW[:, :, i, j] = dy^T x, where dy (B*h*w, C_out) are the output's gradients and x (B*h*w, C_in)
+    the inputs that this tap has met."""
+    block = 2 ** 19  # numbers of x at once: they stay in the CPU's cache for all taps
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, weight), (for_x, for_weight, for_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
+        dx = dw = db = None
+        if for_x:
+            dx, *_ = torch.ops.aten.convolution_backward(
+                dy, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1,
+                (True, False, False))
+        if for_weight:
+            dw = weight_gradient(x, dy, weight, ctx.stride, ctx.padding)
+        if for_bias:
+            db = dy.sum((0, 2, 3))
+        return dx, dw, db, None, None
+
+
+def weight_gradient(x, dy, weight, stride, padding):
+    (C_out, C_in, *kernel), (B, _, h, w) = weight.shape, dy.shape
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    x, dy = x.permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1)  # (B, H, W, C_in), (B, h, w, C_out)
+    dw = weight.new_zeros(*kernel, C_out, C_in)
+    rows = max(1, TapConvolution.block // (B * w * C_in))
+    for top in range(0, h, rows):
+        block = dy[:, top:top + rows]
+        n, block = block.shape[1], block.reshape(-1, C_out).t()
+        for i, j in itertools.product(*map(range, kernel)):
+            first = i + top * stride[0]
+            met = x[:, first:first + n * stride[0]:stride[0], j:j + w * stride[1]:stride[1]]
+            torch.addmm(dw[i, j], block, met.reshape(-1, C_in), out=dw[i, j])
+    return dw.permute(2, 3, 0, 1)  # (C_out, C_in, kernel)
+
+
+def fast_weight_gradients(model):
+    """On a CPU that has AVX2 and not AVX-512, the weight gradient of a wide channels_last
+    convolution runs at a fifth of the speed of its other passes. There it is computed by taps."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        for conv in model.modules():
+            if isinstance(conv, nn.Conv2d) and min(conv.in_channels, conv.out_channels) >= 64:
+                conv._conv_forward = partial(by_taps, conv.stride, conv.padding)
+
+
+def by_taps(stride, padding, x, weight, bias):
+    if torch.is_autocast_enabled("cpu") or not x.is_cpu:
+        return F.conv2d(x, weight, bias, stride, padding)
+    return TapConvolution.apply(x, weight, bias, stride, padding)
 
 
 # ---- a run's folder

@@ -1033,6 +1033,28 @@ def test_checkpointing_changes_no_gradient():
         assert same(plain, again) is None and kept_now < 0.5 * kept, (kept_now, kept)
 
 
+def test_weight_gradients_by_taps():
+    """Where AVX2 is all there is, the gradients of convolutions are those of autograd: for every
+    kernel, stride and padding, whole and in blocks of rows, for what is frozen too."""
+    for kernel, stride, padding, block in (
+            ((3, 3), (1, 1), (1, 1), 2 ** 19), ((3, 3), (1, 1), (1, 1), 2 * 2 * 9 * 64),
+            ((4, 4), (2, 2), (1, 1), 1), ((3, 3), (2, 2), (0, 0), 2 * 2 * 4 * 64),
+            ((3, 2), (2, 1), (1, 0), 1), ((1, 1), (1, 1), (0, 0), 1)):
+        conv = torch.nn.Conv2d(64, 65, kernel, stride, padding).double()
+        x = torch.randn(2, 64, 7, 9).double().requires_grad_()
+        inputs = (x, *conv.parameters())
+        plain = torch.autograd.grad(conv(x).sin().sum(), inputs)
+        with patch("torch.backends.cpu.get_cpu_capability", lambda: "AVX2"):
+            runs.fast_weight_gradients(conv)
+        with patch.object(runs.TapConvolution, "block", block):
+            found = torch.autograd.grad(conv(x).sin().sum(), inputs)
+        for a, b in zip(plain, found):
+            assert torch.allclose(a, b), (kernel, stride, padding)
+        assert "TapConvolution" in conv(x).grad_fn.name()
+        conv.requires_grad_(False)
+        assert torch.allclose(torch.autograd.grad(conv(x).sin().sum(), x)[0], plain[0])
+
+
 # ------------------------------------------------------------------------------- train_tokenizer.py
 
 def stage_by_hand(tokenizer, discriminator, reference=None):

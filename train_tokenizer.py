@@ -353,6 +353,9 @@ def training_images(s, args, data, device):
     if args.compile:  # in place, so keys stay; by blocks, so the last layers' gradients are cheap
         for block in s.tokenizer.blocks():
             block.compile()
+    else:
+        runs.fast_weight_gradients(s.tokenizer)
+        runs.fast_weight_gradients(s.discriminator)
     s.ddp_tokenizer = runs.wrap(s.tokenizer, device)
     s.ddp_discriminator = runs.wrap(s.discriminator, device)
     noise = None if s.stage else (args.d, *[args.size // s.tokenizer.factor] * 2)
