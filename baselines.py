@@ -105,9 +105,10 @@ class VAE(LatentSpace):
         z_proj = self.linear_proj(z) if hasattr(self, "linear_proj") else None
         return self.decode(z), moments, z_proj
 
-    def blocks(self):
-        """The parts that --compile compiles."""
-        return [*self.encoder.down, *self.decoder.up]
+    def compiled(self):
+        """What --compile compiles. Not the encoder's last layer, whose gradient alone the adaptive
+        weight of the VF loss asks for."""
+        return [(level, "forward") for level in self.encoder.down] + [(self.decoder, "body")]
 
 
 # ---- the losses

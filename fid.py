@@ -450,15 +450,16 @@ def encode_images(tokenizer, data, size, n, workers, device, batch_size=64):
     return Encoded(*map(torch.cat, (latents, tokens, labels)), mean.float(), std.float())
 
 
-def linear_probe(train_x, train_y, val_x, val_y):
+def linear_probe(train_x, train_y, val_x, val_y, device="cpu"):
     """Top-1 accuracy in per cent of a linear classifier on features (n, D) with labels (n,).
 
     The protocol (a choice; the paper states none): features averaged over the tokens, BatchNorm
     without affine (the train set's mean and variance), softmax regression to convergence by L-BFGS
     from zero, weight decay 1e-4. No randomness."""
+    train_x, train_y, val_x, val_y = (a.to(device) for a in (train_x, train_y, val_x, val_y))
     mean, std = train_x.mean(0), train_x.std(0, correction=0) + 1e-5
     train_x, val_x = (train_x - mean) / std, (val_x - mean) / std
-    linear = nn.Linear(train_x.shape[1], int(train_y.max()) + 1)
+    linear = nn.Linear(train_x.shape[1], int(train_y.max()) + 1).to(device)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     optimiser = torch.optim.LBFGS(linear.parameters(), max_iter=200, history_size=10,
@@ -855,7 +856,7 @@ def probe(args, rank, world, device):
     train, val = (encode_images(tokenizer, data, size, len(data), args.workers, device,
                                 args.batch_size) for data in sets)
     x, val_x = (e.tokens if args.tokens else e.latents for e in (train, val))
-    accuracy = linear_probe(x, train.labels, val_x, val.labels)
+    accuracy = linear_probe(x, train.labels, val_x, val.labels, device)
     report = Report(tokenizer=path, train=folders[0], val=f"{folders[1]}, {size} px")
     kind = "pre-adapter tokens" if args.tokens else "latents"
     report.add("probe %", accuracy, len(x), len(val_x), None, sha256(path),

@@ -139,26 +139,29 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def features(self, x):
-        """Yields the features at each tap, with unit norm over the channels."""
+        """Yields the features (B, C, h, w) at each tap."""
         x = (x - self.shift) / self.scale
         x = x.contiguous(memory_format=torch.channels_last)
         for i, layer in enumerate(self.vgg16):
             x = layer(x)
             if i in self.taps:
-                f = x.float()  # (B, C, h, w)
-                # the clamp keeps the root's gradient finite where all channels are zero
-                norm = f.square().sum(1, keepdim=True).clamp_min(1e-20).sqrt()
-                yield f / (norm + 1e-10)
+                yield x
+
+    def distance(self, f, g, head):
+        """Features of two images at a tap, scaled to unit norm over the channels; the head's sum of
+        their squared differences, averaged over the positions: (B,)."""
+        f, g = (x.float() for x in (f, g))
+        # the clamp keeps the root's gradient finite where all channels are zero
+        f, g = (x / (x.square().sum(1, keepdim=True).clamp_min(1e-20).sqrt() + 1e-10)
+                for x in (f, g))
+        with torch.autocast(f.device.type, enabled=False):
+            return head((f - g).square()).mean((1, 2, 3))
 
     def forward(self, x, y):
         """(B, 3, H, W) twice, in [-1, 1] -> distance per image (B,), >= 0."""
         with torch.no_grad():
             target = list(self.features(x))
-        distance = 0
-        for f, g, head in zip(target, self.features(y), self.heads):
-            with torch.autocast(x.device.type, enabled=False):
-                distance = distance + head((f - g).square()).mean((1, 2, 3))
-        return distance
+        return sum(map(self.distance, target, self.features(y), self.heads))
 
 
 class PatchGAN(nn.Module):

@@ -42,12 +42,13 @@ from model import Block, DiTBlock, ResnetBlock
 
 # Page faults took up to a third of a step on CPUs (docs/engineering.md, Speed). So tensors lie in
 # huge pages, where Linux gives them (PyTorch reads this before its first tensor), and glibc keeps
-# the memory that it has.
+# the memory that it has. Beside GPUs it must give it back: each rank has read whole checkpoints.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-with contextlib.suppress(AttributeError):  # another C library
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # never
-    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+if not torch.cuda.is_available():
+    with contextlib.suppress(AttributeError):  # another C library
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # never
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
 
 
 # ---- ranks
@@ -56,6 +57,8 @@ def setup_ranks():
     """(rank, world size, device). Under torchrun it joins the process group."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
+    # fp32 means fp32: no TF32 in validation, statistics, decoding, --dtype fp32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if "LOCAL_RANK" not in os.environ:
         return 0, 1, device
     if cuda:
@@ -119,12 +122,36 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+# ---- speed and memory
+
+def make_fast(model, args, device):
+    """What both training scripts do to a network before its first step; in place, so keys stay."""
+    if args.compile if args.compile is not None else device.type == "cuda":
+        compile_parts([(block, "forward") for block in checkpointed(model)] if args.checkpointing
+                      else model.compiled())
+    elif device.type == "cpu":
+        fast_weight_gradients(model)
+    if args.checkpointing:
+        checkpoint_activations(model)
+
+
+def compile_parts(parts):
+    """torch.compile for the methods of parts of a network, (part, name)."""
+    torch._functorch.config.donated_buffer = False  # an adaptive weight's graph is walked twice
+    torch._dynamo.config.cache_size_limit = 64  # a block's code meets more shapes than 8
+    for part, name in parts:
+        setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
+
+
+def checkpointed(model):
+    return [part for part in model.modules() if isinstance(part, (Block, ResnetBlock, DiTBlock))]
+
+
 def checkpoint_activations(model):
     """--checkpointing: each block keeps only its input and computes the rest again in the backward
     pass: less memory, the same gradients, slower."""
-    for block in model.modules():
-        if isinstance(block, (Block, ResnetBlock, DiTBlock)):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for block in checkpointed(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class TapConvolution(torch.autograd.Function):
@@ -308,6 +335,7 @@ class Run:
         that is due, and obeys signals."""
         bar = tqdm(total=s.steps, initial=s.step, desc=s.prefix, disable=self.rank != 0,
                    mininterval=1)
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
         self.defer_signals(True)
         while s.step < s.steps:
             yield
@@ -492,7 +520,8 @@ class Parser(argparse.ArgumentParser):
         add("--seed", type=index, default=0)
         add("--size", type=count, help="image side in px, divisible by 16")
         add("--workers", type=index, help="loader processes per rank")
-        add("--compile", action="store_true", help="torch.compile the blocks")
+        add("--compile", action=argparse.BooleanOptionalAction,
+            help="torch.compile the blocks (default: on GPUs)")
         add("--checkpointing", action="store_true",
             help="recompute activations: less memory, slower")
         for flag in ("--log-every", "--save-every", "--grid-every"):
@@ -536,6 +565,11 @@ def launch(main):
         sys.exit(f"error: {' '.join(str(e).splitlines())}")  # one line, whatever a file is called
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"error: out of GPU memory (--accum N splits the batch; --checkpointing; fewer "
+                 f"images at once): {first_line(e)}")
+    except dist.DistBackendError as e:
+        sys.exit(f"error: another rank has stopped, or the network between them: {first_line(e)}")
     except RuntimeError as e:
         if str(e).startswith("DataLoader worker"):  # torch raises it anywhere in main
             sys.exit("error: a process that loads images has died (short of memory? fewer "
@@ -548,6 +582,10 @@ def launch(main):
         end_workers()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def first_line(e):
+    return str(e).strip().split("\n")[0]
 
 
 def end_workers():

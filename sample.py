@@ -114,7 +114,11 @@ def generate(model, tokenizer, indices, labels, seed, times, method="euler", dty
     velocity = Velocity(model, y, **guidance)
     with runs.autocast(device, dtype):
         z0 = integrate(velocity, torch.from_numpy(z1).to(device), times, method)  # (B, d, h, w)
-    images = tokenizer.decode(tokenizer.unnormalize(z0))  # fp32: bf16 lacks a pixel's 256 levels
+    z0 = tokenizer.unnormalize(z0)
+    # a few at once: 128 channels of 64 images of 512 px are 2**31 numbers, too many for CUDA's
+    # up-sampling. In fp32: bf16 lacks a pixel's 256 levels.
+    few = max(1, 2 ** 15 // z0[0, 0].numel())
+    images = torch.cat([tokenizer.decode(z) for z in z0.split(few)])
     return images, (velocity.conditional, velocity.unconditional)
 
 

@@ -248,11 +248,7 @@ def set_up(args, run, data, device):
 def training_latents(s, args, run, data, latents, world, device):
     """Wraps the network for DDP, says what will train, and returns the endless stream of
     (x, y, normal, z1) from the step on."""
-    if args.checkpointing:
-        runs.checkpoint_activations(s.model)
-    if args.compile:  # in place, so keys stay
-        for block in s.model.blocks:
-            block.compile()
+    runs.make_fast(s.model, args, device)
     s.ddp_model = runs.wrap(s.model, device)
     K, shape = s.model.num_classes, (s.model.d, *s.model.arguments["grid"])
     order = ShuffledBatches(len(data), args.batch_size, (args.seed, "order"), s.step, args.accum,

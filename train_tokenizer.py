@@ -181,6 +181,7 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
 
 # ---- the end of a stage
 
+@torch.compiler.set_stance("force_eager")
 def finish_stage(s, args, data, held_out, device, path):
     """The stage's result is its EMA, where it has one: computes its latent statistics, validates it
     and saves it as a tokenizer, with D for the next stage."""
@@ -220,11 +221,12 @@ def validate(tokenizer, train, held_out, args, device, lpips):
         val = encode_images(tokenizer, held_out, args.size, args.val_images, args.workers, device)
         for name, part in (("probe", "latents"), ("probe_tokens", "tokens")):
             figures[name] = linear_probe(getattr(train, part), train.labels,
-                                         getattr(val, part), val.labels)
+                                         getattr(val, part), val.labels, device)
     return figures
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # its dtype and batch would be compiled for little
 def reconstruction_grid(tokenizer, held_out, args, device, path):
     order = in_order(min(8, len(held_out)), 8)
     x, _ = next(batches(Crops(held_out, args.size), order, 0, device))
@@ -348,14 +350,8 @@ def seed_torch(*key):
 def training_images(s, args, data, device):
     """Wraps the networks for DDP and returns the endless stream of (x, label), for a baseline
     (x, label, noise), from the stage's step on."""
-    if args.checkpointing:
-        runs.checkpoint_activations(s.tokenizer)
-    if args.compile:  # in place, so keys stay; by blocks, so the last layers' gradients are cheap
-        for block in s.tokenizer.blocks():
-            block.compile()
-    else:
-        runs.fast_weight_gradients(s.tokenizer)
-        runs.fast_weight_gradients(s.discriminator)
+    runs.make_fast(s.tokenizer, args, device)
+    runs.fast_weight_gradients(s.discriminator)
     s.ddp_tokenizer = runs.wrap(s.tokenizer, device)
     s.ddp_discriminator = runs.wrap(s.discriminator, device)
     noise = None if s.stage else (args.d, *[args.size // s.tokenizer.factor] * 2)
