@@ -1893,6 +1893,10 @@ def setup_function(_):
 
 
 def main():
+    if "--device" in sys.argv:
+        import test_gpu  # it takes what the tests share from here
+
+        test_gpu.main()
     words, failed, began = sys.argv[1:], 0, time.time()
     tests = {name: test for name, test in globals().items() if name.startswith("test_")
              and (not words or any(word in name for word in words))}
