@@ -263,8 +263,8 @@ def mini_dit(d):
     return ["--preset", "tiny", "--model", "mini", "--size", "32", "--batch-size", "8", "--dtype",
             "fp32", "--grid-every", "99", "--save-every", "99",
             "--tokenizer", save_tokenizer(small_tokenizer(), d / "tok.pt"),
-            "--data", write_shapes(d / "data" / "train"),
-            "--val", write_shapes(d / "data" / "val", 12)]
+            "--data", write_shapes(d / "data" / "train", size=48),
+            "--val", write_shapes(d / "data" / "val", 12, 48)]
 
 
 def gaussian(mu, sigma):
@@ -1599,9 +1599,10 @@ def test_generator_against_plain_loops():
         assert rows[0][3] > 0.5, "clipped"
         loaded = sample.load_dit(path)[0].state_dict()
         assert same(loaded, saved["ema"]) is None
-        # a picture of the EMA at the end, a class a row
-        network, _, _, labels, seed, _ = grids[0][0]
+        # a picture of the EMA at the end, a class a row, without guidance
+        (network, _, _, labels, seed, _), (_, evaluations) = grids[0]
         assert same(network.state_dict(), saved["ema"]) is None and seed == 5
+        assert evaluations == (20, 0)
         assert labels.tolist() == [*range(12)] * 8
 
 
@@ -1624,7 +1625,9 @@ def test_generator_flags():
             trained("--compile", "--checkpointing", "--val-images", 7)
             assert len(checkpointed) == compiled.call_count == 1
             assert opened[1][0] == (*(str(d / "data" / part) for part in ("train", "val")), 7)
-        trained("--steps", 3, "--save-every", 2, "--grid-every", 4, "--log-every", 2)
+        other = trained("--steps", 3, "--save-every", 2, "--log-every", 2, "--seed", 1)[0]
+        moved = [part["model"]["x_embedder.proj.weight"] for part in (saved, other)]
+        assert (moved[0] - moved[1]).abs().max() > 0.1, "another start, though lr is 0.002"
         assert [row["step"] for row in rows_of(out)] == ["2", "3"]
         assert [p.name[-4:] for p in sorted(out.glob("*.pt"))] == ["2.pt", "3.pt"]
         drawn = [call[0][2].name[-5:] for call in grid.call_args_list]
@@ -1728,9 +1731,9 @@ def test_guidance():
     assert torch.equal(sample.Velocity(net, y)(z, 0.5), v) and net.batches == [2]
     velocity = sample.Velocity(net, y, cfg=3.0, interval=(0.1, 0.5))
     assert torch.allclose(velocity(z, 0.5), guided) and net.batches == [2, 4]
-    velocity(z, 0.51), velocity(z, 0.05)
-    assert net.batches == [2, 4, 2, 2]
-    assert (velocity.conditional, velocity.unconditional) == (3, 1)
+    velocity(z, 0.51), velocity(z, 0.05), velocity(z, 0.1)
+    assert net.batches == [2, 4, 2, 2, 4]
+    assert (velocity.conditional, velocity.unconditional) == (4, 2)
     three = sample.Velocity(net, y, cfg=3.0, channels=3)(z, 0.5)
     assert torch.allclose(three[:, :3], guided[:, :3]) and torch.equal(three[:, 3:], v[:, 3:])
     for method, evaluations in (("euler", 7), ("heun", 14)):  # N steps are N intervals
@@ -2262,7 +2265,10 @@ def test_fid_figures():
         np.savez(d / "b.npz", arr_0=b)
         ours, expected = [d / "a", d / "b.npz", "--splits", 2], metrics(net.of(a), net.of(b))
         assert expected["precision"] != expected["recall"]
-        check(figures(*ours), expected)
+        with recorded(fid.Report, "add") as added:
+            check(figures(*ours), expected)
+        for (_, name, _, *numbers), _ in added:
+            assert numbers[:2] == [None if name == "IS" else 14, 12], name
         pools = [net.of(x)["pool"] for x in (a, b)]
         close(fid.kid(*map(torch.from_numpy, pools))[1], np.std(plain_kid(*pools, 2020)), 1e-6)
         check(figures(*ours, "--seed", 3), metrics(net.of(a), net.of(b), 3))
@@ -2284,6 +2290,9 @@ def test_fid_figures():
             assert f["sigma"].shape == (3, 3)
         with refused("was saved with resize tf1"):
             execute(fid, d / "ref.npz", *ours[1:], "--metrics", "fid", "--resize", "torch")
+        execute(fid, d / "a", "--save-stats", d / "ref.npz", "--resize", "torch", "--workers", 0)
+        with refused("was saved with resize torch"):
+            execute(fid, d / "ref.npz", *ours[1:], "--metrics", "fid")
 
 
 def test_fid_ranks():
