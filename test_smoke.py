@@ -766,6 +766,10 @@ def test_order():
     assert not torch.equal(pixels, torch.stack([item[0] for item in other]))
     assert not torch.equal(noise, torch.stack([item[2] for item in other]))
     assert not torch.equal(noise[0], noise[1]) and crops[0, 5][1] == 5
+    of_crop = data.rng(0, "augment", 0, 3).standard_normal((4, 50, 50), np.float32)
+    assert not np.array_equal(noise[3], of_crop)
+    crops.data.pixels = lambda i: torch.arange(300).byte().expand(3, 48, -1)  # the same
+    assert len({crops[0, i][0][0, 0, 0].item() for i in range(8)}) > 4
     centred = data.Crops(Shapes(n=8), 48)[0, 5][0]
     assert torch.equal(centred, data.to_pixels(data.center_crop(Shapes(n=8).image(5), 48)))
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
@@ -929,6 +933,10 @@ def test_fingerprint():
         seen.append(files.fingerprint(tok))
         part.add_(1)
     assert seen[0] == seen[1] and len({*seen, files.fingerprint(tok)}) == 3
+    vae = frozen(VAE(DECODERS["tiny"]))
+    before = files.fingerprint(vae)
+    vae.post_quant_conv.bias.add_(1)  # a part of D
+    assert files.fingerprint(vae) == before
 
 
 def test_batched_array():
@@ -1769,7 +1777,7 @@ def test_sample_of_ranks():
         drawn.extend(batch)
         return torch.tensor(batch).view(-1, 1, 1, 1).expand(-1, 3, 4, 4) / 127.5 - 1
 
-    drawn, wait = [], threading.Barrier(2).wait
+    drawn, wait = [], threading.Barrier(2, timeout=20).wait
     with folder() as d, patch.object(runs, "barrier", wait), ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda rank: sample.write_pngs(d, draw, 7, 2, {}, False, rank, 2), (0, 1)))
         assert sorted(drawn) == list(range(7))
@@ -1794,7 +1802,7 @@ def test_images_do_not_depend_on_the_batch():
 
 def test_official_dit():
     """Only names and shapes to go by; strict; and the other time direction."""
-    dit = random_weights(small_dit(qk_norm=True))
+    dit = random_weights(small_dit(qk_norm=True, patch=2, grid=[4, 4]))
     state, path = dit.state_dict(), TMP / "dit.pt"
     z, y = torch.randn(2, 4, 4, 4), torch.tensor([1, 2])
     torch.save({"ema": state, "model": {}}, path)
@@ -1877,8 +1885,9 @@ def test_sample_flags():
             last = np.load(d / "a.npz")["arr_0"].astype(float)
             assert np.abs(last - want).max() <= 1, more
         with recorded(sample, "generate") as calls:
-            execute(sample, *ours, *flags, "--dtype", "bf16", "--batch-size", 2, "--out", d / "b")
-        assert [len(images) for _, (images, _) in calls] == [2, 2, 1]
+            for out in (d / "b", d / "b.npz"):
+                execute(sample, *ours, *flags, "--dtype", "bf16", "--batch-size", 2, "--out", out)
+        assert [len(images) for _, (images, _) in calls] == [2, 2, 1] * 2
         bf16 = calls[0][1][0]
         assert bf16.dtype == torch.float32, "the decoder's"
         assert 1 < np.abs(data.to_uint8(bf16) - last[:2]).max() < 30
@@ -1934,6 +1943,8 @@ def test_sample_errors():
                 "--tokenizer", save_tokenizer(tokenizer, d / "tok.pt")]
         four = save_tokenizer(small_tokenizer(d=4), d / "4.pt")
         other = save_tokenizer(small_tokenizer(seed=1), d / "other.pt")
+        tokenizer.latent_std.zero_()
+        blank = save_tokenizer(tokenizer, d / "blank.pt")
         torch.save({"ema": dit.state_dict()}, d / "official.pt")
         torch.save({"mean": torch.zeros(3)}, d / "stats.pt")
         for words, flags in {
@@ -1945,6 +1956,8 @@ def test_sample_errors():
                 ("4 latent channels", "takes 8"): ["--tokenizer", four],
                 ("another tokenizer",): ["--tokenizer", other],
                 ("--time",): ["--dit", d / "official.pt"],
+                ("blank.pt", "no latent statistics"): [
+                    "--dit", d / "official.pt", "--time", "paper", "--tokenizer", blank],
                 ("stats.pt", "8 channels"): ["--latent-stats", d / "stats.pt"]}.items():
             with refused(*words):
                 execute(sample, *ours, *flags)
@@ -2026,7 +2039,7 @@ def test_inception_score_closed_forms():
     by_class = 100 * torch.eye(2).repeat_interleave(5000, 0)  # each chunk of 5000 is one class
     close(fid.inception_score(by_class)[0], 1, 1e-6)
     close(fid.inception_score(by_class, splits=4)[0], 2, 1e-2)
-    two = torch.cat([100 * torch.eye(2).repeat(2500, 1), torch.zeros(5000, 2)])
+    two = torch.cat([100 * torch.eye(2).repeat_interleave(2500, 0), torch.zeros(5000, 2)])
     assert np.allclose(fid.inception_score(two), (1.5, 0.5))  # 2 and 1
 
 
@@ -2162,7 +2175,8 @@ def test_linear_probe():
     assert fid.linear_probe(torch.zeros(300, 2), y, torch.zeros(300, 2), y) < 34
     x = (x * torch.tensor([0.001, 1, 30]) + 5) + 40 * torch.randn(300, 3)
     with recorded(torch.nn, "Linear") as made:
-        accuracy = fid.linear_probe(x[:200], y[:200], x[200:], y[200:])
+        many = x[:200].repeat_interleave(330, 0), y[:200].repeat_interleave(330)
+        accuracy = fid.linear_probe(*many, x[200:], y[200:])
     w, b = (p.detach().double().requires_grad_() for p in made[0][1].parameters())
     mean, std = x[:200].mean(0), x[:200].std(0, correction=0)
     x = ((x - mean) / std).double()
@@ -2299,7 +2313,7 @@ def test_fid_ranks():
     """Two ranks read each image once, and together find what one finds."""
     def as_ranks(call, *ranks):
         """call(rank) for each, in threads that stand for processes."""
-        barrier, tensors = threading.Barrier(len(ranks)), {}
+        barrier, tensors = threading.Barrier(len(ranks), timeout=20), {}
 
         def all_reduce(x):
             tensors[threading.get_ident()] = x.clone()
