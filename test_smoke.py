@@ -795,7 +795,10 @@ def test_shapes():
     same_class = [np.asarray(shapes.image(i), float).mean((0, 1)) for i in (0, 12, 24, 36)]
     assert np.ptp(same_class, axis=0).max() > 20
     assert [part.split for part in toy.open_shapes(None, 64, 5)] == ["train", "val"]
+    assert set(shapes.labels) == set(range(12))
     with patch.object(Shapes, "_texture", lambda self, r, a, b: np.ones((64, 64, 1)) * a):
+        grounds = {tuple(shapes._draw(i)[0, 0]) for i in range(48)}
+        assert len(grounds) == 48, "of any colour, whatever the class"
         for i in range(48):  # in flat colours: the lighter part is the shape, as its class says
             light = shapes._draw(i).astype(float).sum(2)
             light = light > (light.min() + light.max()) / 2
