@@ -19,8 +19,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,8 +111,8 @@ def recorded(module, name):
     """Inside it, a list of (arguments, result) of every call of a module's function."""
     calls, original = [], getattr(module, name)
 
-    def function(*args):
-        calls.append((args, original(*args)))
+    def function(*args, **kw):
+        calls.append((args, original(*args, **kw)))
         return calls[-1][1]
 
     with patch.object(module, name, function):
@@ -257,11 +259,12 @@ def mini_size():
 
 
 def mini_dit(d):
-    """Flags of train_dit.py for a tokenizer and 24 images that are written to folder d."""
+    """Flags of train_dit.py for a tokenizer, and 24 and 12 images, that are written to folder d."""
     return ["--preset", "tiny", "--model", "mini", "--size", "32", "--batch-size", "8", "--dtype",
             "fp32", "--grid-every", "99", "--save-every", "99",
             "--tokenizer", save_tokenizer(small_tokenizer(), d / "tok.pt"),
-            "--data", write_shapes(d / "data" / "train"), "--val", write_shapes(d / "data" / "val")]
+            "--data", write_shapes(d / "data" / "train", size=48),
+            "--val", write_shapes(d / "data" / "val", 12, 48)]
 
 
 def gaussian(mu, sigma):
@@ -657,6 +660,8 @@ def test_images():
     assert torch.equal(corner, torch.tensor([200, 100, 50.0]) / 127.5 - 1)
     levels = torch.arange(256).byte().view(1, 1, 16, 16).expand(1, 3, -1, -1)
     assert np.array_equal(data.to_uint8(data.to_tensor(levels))[0, ..., 0], levels[0, 0])
+    between = torch.tensor([-0.6, 7.4, 7.6, 255.6]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    assert data.to_uint8(between / 127.5 - 1)[0, ..., 0].flatten().tolist() == [0, 7, 8, 255]
 
 
 def test_crops():
@@ -667,6 +672,13 @@ def test_crops():
     halved = big.resize((65, 35), Image.BOX).resize((32, 17), Image.BOX)
     by_hand = np.array(halved.resize((30, 16), Image.BICUBIC))[:, 7:23]
     assert np.array_equal(data.center_crop(big, 16), by_hand)
+    for (w, h), size, resized, (left, top) in (  # ADM's rounding
+            ((64, 64), 32, (32, 32), (0, 0)), ((49, 33), 20, (30, 20), (5, 0)),
+            ((33, 48), 20, (20, 29), (0, 4)), ((20, 27), 20, (20, 27), (0, 3))):
+        part = big.crop((0, 0, w, h))
+        by_hand = part.resize(resized, Image.BOX if w == 64 else Image.BICUBIC)
+        by_hand = by_hand.crop((left, top, left + size, top + size))
+        assert np.array_equal(data.center_crop(part, size), by_hand), (w, h)
 
     big = big.resize((120, 70), Image.BICUBIC)
     for mode, options in (("RGB", {}), ("RGB", {"subsampling": 0, "progressive": True}),
@@ -686,22 +698,35 @@ def test_crops():
         assert off[found] <= 2
         seen.add(found)
     assert len({left for left, _ in seen}) > 8 and len({flip for _, flip in seen}) == 2
+    tall = torch.arange(10).byte().view(1, 5, 2).expand(3, -1, -1)  # 4 squares, as they are
+    crops = [data.random_crop(tall, 2, data.rng(i)) for i in range(400)]
+    tops = np.array([int(crop.min()) // 2 for crop in crops])
+    flips = np.array([bool(crop[0, 0, 0] > crop[0, 0, 1]) for crop in crops])
+    assert all(70 < (tops == top).sum() < 130 for top in range(4)) and 160 < flips.sum() < 240
+    assert all(torch.equal(crop[0] if not flip else crop[0].flip(1), tall[0, top:top + 2])
+               for crop, top, flip in zip(crops, tops, flips))
 
 
 def test_folders():
     """Classes and labels of a folder; what is held out; the reader's mistakes, by name."""
     root = TMP / "folders"
-    for name in ("b/2.png", "a/1.png", "a/deep/3.PNG", ".hidden.png"):
+    for name in ("b/2.png", "a/1.png", "b/deep/3.PNG", ".hidden.png"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20)).save(root / name, "PNG")
     images = data.ImageFolder(root)
-    assert images.classes == ["a", "b"] and images.labels == [0, 0, 1] and len(images) == 3
-    assert data.ImageFolder(root / "a" / "deep").labels is None
+    assert images.classes == ["a", "b"] and images.labels == [0, 1, 1] and len(images) == 3
+    assert data.ImageFolder(root / "b" / "deep").labels is None
     train, held_out = data.open_folders(root, None, 10)
     assert len(train) == 2 and len(held_out) == 1 and not set(train.files) & set(held_out.files)
     train = write_shapes(TMP / "beside" / "train", 3)
     write_shapes(TMP / "beside" / "val", 3)
     assert [len(part) for part in data.open_folders(train, None, 1)] == [3, 3]
+    many = write_shapes(TMP / "many", 60, 8)
+    train, held_out = data.open_folders(many, None, 10)  # 5 %
+    assert len(held_out) == 3 and sorted(train.files + held_out.files) == data.list_images(many)
+    assert not set(held_out.files) & set(data.list_images(many)[:3]), "any, not the first"
+    assert len(data.open_folders(many, None, 2)[1]) == 2
+    train = TMP / "beside" / "train"
     assert "different classes" in error_of(data.open_folders, train, root, 1)
 
     assert "not found" in error_of(data.list_images, root / "nothing")
@@ -732,12 +757,21 @@ def test_order():
     assert list(chain(*chain(*zip(*ranks)))) == whole
     assert list(chain(*stream(2, first_step=3))) == whole[12:]
 
+    keys = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "b", 1), (0, 1)]
+    assert len({data.rng(*key).integers(2 ** 62) for key in keys}) == len(keys)
     crops = data.Crops(Shapes(n=8), 48, (0, "augment"), noise=(4, 50, 50))
     first, again, other = ([crops[epoch, i] for i in range(8)] for epoch in (0, 0, 1))
     assert same(first, again) is None
     pixels, _, noise = (torch.stack(list(map(torch.as_tensor, part))) for part in zip(*first))
     assert not torch.equal(pixels, torch.stack([item[0] for item in other]))
     assert not torch.equal(noise, torch.stack([item[2] for item in other]))
+    assert not torch.equal(noise[0], noise[1]) and crops[0, 5][1] == 5
+    of_crop = data.rng(0, "augment", 0, 3).standard_normal((4, 50, 50), np.float32)
+    assert not np.array_equal(noise[3], of_crop)
+    crops.data.pixels = lambda i: torch.arange(300).byte().expand(3, 48, -1)  # the same
+    assert len({crops[0, i][0][0, 0, 0].item() for i in range(8)}) > 4
+    centred = data.Crops(Shapes(n=8), 48)[0, 5][0]
+    assert torch.equal(centred, data.to_pixels(data.center_crop(Shapes(n=8).image(5), 48)))
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
 
 
@@ -760,6 +794,43 @@ def test_shapes():
     assert not np.array_equal(shapes.image(5), Shapes("val").image(5))
     same_class = [np.asarray(shapes.image(i), float).mean((0, 1)) for i in (0, 12, 24, 36)]
     assert np.ptp(same_class, axis=0).max() > 20
+    assert [part.split for part in toy.open_shapes(None, 64, 5)] == ["train", "val"]
+    assert set(shapes.labels) == set(range(12))
+    with patch.object(Shapes, "_texture", lambda self, r, a, b: np.ones((64, 64, 1)) * a):
+        grounds = {tuple(shapes._draw(i)[0, 0]) for i in range(48)}
+        assert len(grounds) == 48, "of any colour, whatever the class"
+        for i in range(48):  # in flat colours: the lighter part is the shape, as its class says
+            light = shapes._draw(i).astype(float).sum(2)
+            light = light > (light.min() + light.max()) / 2
+            rows, columns = (np.flatnonzero(light.any(axis)) for axis in (1, 0))
+            box = light[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+            h, w = box.shape
+            name = shapes.classes[shapes.labels[i]]
+            assert not light[0, 0] and name not in ("ring", "frame") or not box[h // 2, w // 2]
+            assert name not in ("circle", "square", "cross", "heart") or box[h // 2, w // 2]
+            assert name != "triangle" or box[h // 4].sum() < box[3 * h // 4].sum(), "upright"
+
+
+class Stripes:
+    """Rows or columns, in red or in blue: four classes."""
+    classes, labels = list("abcd"), [i % 4 for i in range(64)]
+
+    def __len__(self):
+        return 64
+
+    def pixels(self, i):
+        pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        pixels[i % 2 * 2] = 250 * (torch.arange(32) // 8 % 2)
+        return pixels if i % 4 < 2 else pixels.transpose(1, 2)
+
+
+def test_stand_in_pretraining():
+    """It learns forms and not colours: of two forms in two colours the cross-entropy goes from
+    log 4 = 1.39 to log 2 = 0.69."""
+    args = SimpleNamespace(seed=2, size=32, pretrain_steps=25, workers=0, dtype="fp32")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        toy.pretrain_encoder(DINOv2(dim=64, depth=1, grid=2), Stripes(), args, CPU)
+    assert 0.5 < float(said.getvalue().split("loss ")[1].split(",")[0]) < 1
 
 
 def test_stand_in_encoder():
@@ -865,6 +936,10 @@ def test_fingerprint():
         seen.append(files.fingerprint(tok))
         part.add_(1)
     assert seen[0] == seen[1] and len({*seen, files.fingerprint(tok)}) == 3
+    vae = frozen(VAE(DECODERS["tiny"]))
+    before = files.fingerprint(vae)
+    vae.post_quant_conv.bias.add_(1)  # a part of D
+    assert files.fingerprint(vae) == before
 
 
 def test_batched_array():
@@ -980,6 +1055,35 @@ def test_run_folder():
         assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *checkpoints}
 
 
+def test_meter():
+    """Means over the steps since the last reset, also through a checkpoint; the first step whose
+    loss was not finite."""
+    meter, run = runs.Meter(CPU), SimpleNamespace(last_good=lambda _: "none")
+    for step, loss, more in ((1, 2.0, {}), (2, 4.0, {"gan": torch.tensor(5.0)}), (3, 9.0, {})):
+        meter.add(step, {"loss": torch.tensor(loss)} | more)
+    again = runs.Meter(CPU)
+    again.load(json.loads(json.dumps(meter.state())))
+    assert meter.average() == again.average() == {"loss": 5, "gan": 5}
+    meter.reset()
+    meter.check(run, "a")
+    for step, loss in ((4, 1.0), (5, math.nan), (6, 1.0), (7, math.inf)):
+        meter.add(step, {"loss": torch.tensor(loss)})
+    assert "since step 5;" in error_of(meter.check, run, "a")
+    assert [step for step in range(1, 6) if runs.due(step, 2, 5)] == [2, 4, 5]
+
+
+def test_dtype():
+    """--dtype is autocast's; auto takes bf16 where it is native."""
+    x = torch.ones(2, 2)
+    for native in (True, False):
+        with patch.object(torch.cpu, "get_capabilities", return_value={"avx512_bf16": native}):
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16),
+                                ("auto", torch.bfloat16 if native else torch.float32)):
+                assert runs.autocast_dtype(name, CPU) == dtype
+                with runs.autocast(CPU, dtype):
+                    assert (x @ x).dtype == dtype
+
+
 def test_arguments():
     """The types of arguments take what they say; a bad flag is one line; --preset fills gaps."""
     for name, good, bad in (("count", "1 20", "0 -1 1.5"), ("index", "0 7", "-1 x"),
@@ -994,10 +1098,11 @@ def test_arguments():
                 parser.parse_args([f"--x={text}"])
     parser = runs.Parser("")
     parser.training_flags()
-    presets = {"a": {"size": 16, "steps": 9}, "paper": {"size": 256, "steps": 90}}
-    args = parser.fill(["--preset", "a", "--steps", "3", "--batch-size", "8", "--accum", "3"],
-                       presets)
-    assert (args.size, args.steps) == (16, 3) and args.given == {"steps"}
+    presets = {"a": {"size": 16, "steps": 9, "workers": 8}, "paper": {"size": 256, "steps": 90}}
+    args = parser.fill(["--preset", "a", "--steps", "3", "--batch-size", "8", "--accum", "3",
+                        "--workers", "0"], presets)
+    assert (args.size, args.steps, args.workers) == (16, 3, 0)
+    assert args.given == {"steps", "workers"}
     assert "--batch-size 8 does not split" in error_of(runs.check_batch_size, args, 2)
 
 
@@ -1403,11 +1508,6 @@ def test_train_dit():
         assert same(*(load_file(out / "dit_step00000004.pt") for out in (a, b))) is None
         assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
 
-        execute(train_dit, *ours, "--out", d / "clipped", "--steps", 1, "--clip", 1e-3)
-        moments = load_file(d / "clipped" / "dit_step00000001.pt")["opt"]["state"].values()
-        norm = torch.cat([m["exp_avg"].flatten() for m in moments]).norm()
-        close(norm.item(), 0.1 * 1e-3, 1e-5)  # AdamW's first moment: (1 - .9) of the gradient
-
         tokenizer, cache = small_tokenizer(), np.load(a / "latents.npy", mmap_mode="r")
         images = data.open_folders(d / "data" / "train", None, 1)[0]
         x = data.to_tensor(data.Crops(images, 32)[0, 5][0])
@@ -1417,26 +1517,189 @@ def test_train_dit():
         args = train_dit.parse([str(flag) for flag in ours])
         cached, fresh = (train_dit.FlowData(images, latents, (8, 2, 2), 12, args)
                          for latents in (cache, None))
-        (z0, *rest), (x, *same_rest) = cached[0, 5], fresh[0, 5]
-        assert same(rest, same_rest) is None
-        z = tokenizer.normalize(tokenizer.encode(x[None]))[0]
-        assert (z0 - z).abs().max() < 2e-3 * z.abs().max()
-        draws = [cached[epoch, i] for epoch in range(40) for i in range(24)]
-        assert 0.07 < np.mean([y == 12 for _, y, _, _ in draws]) < 0.13  # --label-drop 0.1
-        normal = torch.stack([n for _, _, n, _ in draws])
-        assert abs(normal.mean()) < 0.15 and abs(normal.std() - 1) < 0.1
+        for i in range(5):
+            (z0, *rest), (x, *same_rest) = cached[0, i], fresh[0, i]
+            assert same(rest, same_rest) is None
+            assert rest[0] in (12, images.classes.index(Path(images.files[i]).parent.name))
+            upright = data.to_tensor(data.Crops(images, 32)[0, i][0])
+            assert torch.equal(x, upright) or torch.equal(x, upright.flip(2))
+            z = tokenizer.normalize(tokenizer.encode(x[None]))[0]
+            assert (z0 - z).abs().max() < 2e-3 * z.abs().max()
+        items = [(epoch, i) for epoch in range(40) for i in range(24)]
+        z0, y, normal, z1 = zip(*(cached[item] for item in items))
+        flipped = [np.array_equal(z, cache[i, 1]) for z, (_, i) in zip(z0, items)]
+        assert 0.45 < np.mean(flipped) < 0.55 and 0.07 < np.mean(np.equal(y, 12)) < 0.13
+        for x in (torch.stack(normal), torch.stack(z1)[:, 0, 0, 0], z1[0], z1[1]):
+            assert abs(x.mean()) < 0.4 and abs(x.std() - 1) < 0.3
+        args.seed, args.label_drop = 1, 0.4
+        other = train_dit.FlowData(images, cache, (8, 2, 2), 12, args)
+        assert not torch.equal(other[0, 5][3], cached[0, 5][3])
+        assert 0.35 < np.mean([other[item][1] == 12 for item in items]) < 0.45
 
         other = save_tokenizer(small_tokenizer(seed=1), d / "other.pt")
         for words, flags in {
                 ("latents.npy", "tokenizer"): ["--tokenizer", other],
                 ("latents.npy", "(data "): ["--data", write_shapes(d / "fewer", 23)],
-                ("dit_step00000004.pt", "lr 0.002 -> 0.1"): ["--lr", 0.1],
+                ("dit_step00000004.pt", "lr 0.002 -> 0.1", "qk_norm", "batch_size", "beta2", "clip",
+                 "w_cos", "label_drop", "ema_decay", "seed 0 -> 1", "cached True", "dtype"): [
+                    "--lr", 0.1, "--qk-norm", "--batch-size", 4, "--beta2", 0.5, "--clip", 2,
+                    "--w-cos", 0, "--label-drop", 0, "--ema-decay", 0.5, "--seed", 1,
+                    "--no-cache", "--dtype", "bf16"],
                 ("--steps",): ["--steps", 0],
                 ("--batch-size 9",): ["--batch-size", 9, "--accum", 2]}.items():
             with refused(*words):
                 execute(train_dit, *ours, "--steps", 4, "--out", a, *flags)
         with refused("missing.pt"):  # on the built-in shapes
             execute(train_dit, "--preset", "tiny", "--tokenizer", "missing.pt", "--out", d / "c")
+
+
+def plain_training(net, batches, lr, beta2, clip, w_cos, ema_decay):
+    """AdamW on the paper's objective with w_cos, in plain loops. batches: for each step its
+    micro-batches. The weights, their EMA, and each step's row of log.csv (NaN: none)."""
+    weights = [p for p in net.parameters() if p.requires_grad]
+    m, v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    ema, rows = [w.detach().clone() for w in weights], []
+    for step, micro_batches in enumerate(batches, 1):
+        grads, seen, images = [0 for _ in weights], [], []
+        for z0, y, normal, z1 in micro_batches:
+            t = (1 / (1 + torch.exp(-normal))).view(-1, 1, 1, 1)
+            found, u = net((1 - t) * z0 + t * z1, t.flatten(), y), z1 - z0
+            errors = ((found - u) ** 2).mean((1, 2, 3))
+            mse = errors.mean()
+            cosine = ((found * u).sum(1) / found.norm(dim=1) / u.norm(dim=1)).mean()
+            loss = mse + w_cos * (1 - cosine)
+            own = torch.autograd.grad(loss, weights)
+            grads = [g + o / len(micro_batches) for g, o in zip(grads, own)]
+            seen.append([loss.item(), mse.item(), 1 - cosine.item()])
+            images += zip(t.flatten().tolist(), errors.tolist())
+        norm = math.sqrt(sum((g ** 2).sum().item() for g in grads))
+        bins = [[e for t, e in images if i <= 5 * t < i + 1] for i in range(5)]
+        by_time = [sum(e) / len(e) if e else math.nan for e in bins]
+        rows.append([*np.mean(seen, axis=0), norm, *by_time])
+        for k, g in enumerate(grads):
+            g = g * min(1, clip / norm)
+            m[k] = 0.9 * m[k] + 0.1 * g
+            v[k] = beta2 * v[k] + (1 - beta2) * g ** 2
+            root = (v[k] / (1 - beta2 ** step)).sqrt() + 1e-8
+            weights[k].data -= lr * m[k] / (1 - 0.9 ** step) / root
+            ema[k] = ema_decay * ema[k] + (1 - ema_decay) * weights[k].detach()
+    return weights, ema, rows
+
+
+def test_generator_against_plain_loops():
+    """Two steps of two micro-batches, no flag at its default: weights, EMA and log are those of
+    plain loops over the cached latents. sample.py takes the EMA."""
+    def planted(*args):
+        s, latents = set_up(*args)
+        assert same(s.model.state_dict(), s.ema.state_dict()) is None, "a copy at start"
+        begun.append(random_weights(copy.deepcopy(s.model)))  # at first gates are shut, v is 0
+        s.model.load_state_dict(begun[0].state_dict())
+        s.ema.load_state_dict(begun[0].state_dict())
+        return s, latents
+
+    def wrapped(module, _):  # in DDP's place; past it the ranks would not share gradients
+        return lambda *inputs: passed.append(len(inputs[0])) or module(*inputs)
+
+    begun, passed, set_up = [], [], train_dit.set_up
+    with folder() as d, mini_size():
+        ours = [*mini_dit(d), "--steps", 2, "--accum", 2, "--log-every", 1, "--seed", 5, "--lr",
+                0.01, "--beta2", 0.8, "--clip", 0.5, "--w-cos", 0.3, "--label-drop", 0.4,
+                "--ema-decay", 0.7, "--qk-norm", "--out", d / "run"]
+        with (patch.object(train_dit, "set_up", planted), patch.object(runs, "wrap", wrapped),
+              recorded(runs, "no_sync") as synced, recorded(train_dit, "generate") as grids):
+            execute(train_dit, *ours)
+        assert [skip for (_, skip), _ in synced] == [True, False] * 2 and passed == [4] * 4
+        args = train_dit.parse(list(map(str, ours)))
+        images = data.open_folders(args.data, args.val, 1)[0]
+        flow = train_dit.FlowData(images, np.load(d / "run" / "latents.npy"), (8, 2, 2), 12, args)
+        order = iter(data.ShuffledBatches(24, 8, (5, "order"), accum=2))
+        micro = [torch.utils.data.default_collate([flow[i] for i in next(order)]) for _ in range(4)]
+        assert parameters(begun[0].blocks[0].attn.q_norm) and (micro[0][1] == 12).any()
+        first = [p.detach().clone() for p in begun[0].parameters() if p.requires_grad]
+        weights, ema, rows = plain_training(
+            begun[0], (micro[:2], micro[2:]), 0.01, 0.8, 0.5, 0.3, 0.7)
+
+        path = d / "run" / "dit_step00000002.pt"
+        saved = load_file(path)
+        names = [k for k, p in begun[0].named_parameters() if p.requires_grad]
+        for part, expected in (("model", weights), ("ema", ema)):
+            off, moved = (torch.stack([(x - y).norm() for x, y in zip(pair, expected)]).norm()
+                          for pair in ([saved[part][k] for k in names], first))
+            assert off < 1e-5 * moved, (part, off / moved)
+        for row, expected in zip(rows_of(d / "run"), rows):
+            found = [float(value or "nan") for value in row.values()]
+            assert np.allclose(found[1:], expected, rtol=1e-4, equal_nan=True), row
+        assert rows[0][3] > 0.5, "clipped"
+        flags = sample.parse(["--dit", str(path), "--tokenizer", str(d / "tok.pt")])
+        assert same(sample.load_pair(flags)[0].state_dict(), saved["ema"]) is None
+        # a picture of the EMA at the end, a class a row, without guidance
+        (network, _, _, labels, seed, _), (_, evaluations) = grids[0]
+        assert same(network.state_dict(), saved["ema"]) is None and seed == 5
+        assert evaluations == (20, 0)
+        assert labels.tolist() == [*range(12)] * 8
+
+
+def test_generator_flags():
+    """What the flags that the loops above leave alone do, each by its effect."""
+    with folder() as d, mini_size(), patch.object(train_dit, "sample_grid") as grid:
+        ours, out = [*mini_dit(d), "--steps", 1, "--log-every", 1], d / "out"
+
+        def trained(*flags):
+            execute(train_dit, *ours, "--cache", d / "z.npy", "--out", out, "--overwrite", *flags)
+            row = rows_of(out)[0]
+            saved = load_file(max(out.glob("dit_step*.pt")))
+            return saved, float(row["loss"]), float(row["grad_norm"])
+
+        with (recorded(runs, "checkpoint_activations") as checkpointed,
+              recorded(train_dit, "open_folders") as opened,
+              patch.object(torch.nn.Module, "compile") as compiled):
+            saved, loss, norm = trained()
+            assert not checkpointed and not compiled.called
+            trained("--compile", "--checkpointing", "--val-images", 7)
+            assert len(checkpointed) == compiled.call_count == 1
+            assert opened[1][0] == (*(str(d / "data" / part) for part in ("train", "val")), 7)
+        other = trained("--steps", 3, "--save-every", 2, "--log-every", 2, "--seed", 1)[0]
+        moved = [part["model"]["x_embedder.proj.weight"] for part in (saved, other)]
+        assert (moved[0] - moved[1]).abs().max() > 0.1, "another start, though lr is 0.002"
+        assert [row["step"] for row in rows_of(out)] == ["2", "3"]
+        assert [p.name[-4:] for p in sorted(out.glob("*.pt"))] == ["2.pt", "3.pt"]
+        drawn = [call[0][2].name[-5:] for call in grid.call_args_list]
+        assert drawn == ["1.png", "1.png", "3.png"]
+        assert saved["arguments"]["dim"] == 32 and saved["arguments"]["num_classes"] == 12
+        assert (d / "z.npy").exists() and not (out / "latents.npy").exists()
+        assert trained("--unconditional")[0]["arguments"]["num_classes"] == 0
+        (d / "z.npy").unlink()  # --no-cache reads none, and sees the same latents
+        fresh = trained("--no-cache")[1:]
+        assert np.allclose(fresh, [loss, norm], rtol=2e-3) and not (d / "z.npy").exists()
+        assert 0 < abs(trained("--dtype", "bf16")[2] - norm) < 0.02 * norm
+
+        with (patch.object(runs, "setup_ranks", lambda: (1, 2, CPU)),
+              recorded(train_dit, "ShuffledBatches") as orders):
+            execute(train_dit, *ours, "--accum", 2, "--no-cache", "--out", d / "rank1")
+        second = iter(orders[0][1])
+        whole = iter(data.ShuffledBatches(24, 8, (0, "order"), accum=2))
+        assert [next(second) for _ in range(2)] == [next(whole)[2:] for _ in range(2)]
+
+        first = min((d / "data" / "train").glob("*/*.png"))
+        Image.new("RGB", (32, 32)).save(first)  # under the same name
+        with refused("z.npy", "pixels"):
+            execute(train_dit, *ours, "--cache", d / "z.npy", "--out", d / "again")
+        with (patch.object(train_dit, "set_up", side_effect=UserError("seen")) as set_up,
+              refused("seen")):
+            execute(train_dit, "--preset", "tiny", "--out", d / "shapes")
+        assert set_up.call_args[0][2].split == "train"
+
+
+def test_published_recipes():
+    """The preset paper: LightningDiT's training for 80K steps, and its sampler with t turned."""
+    for script, published in (
+            (train_dit, {"model": "XL/1", "size": 256, "steps": 80_000, "batch_size": 1024,
+                         "accum": 1, "lr": 2e-4, "beta2": 0.95, "ema_decay": 0.9999, "clip": 1,
+                         "w_cos": 1, "label_drop": 0.1, "qk_norm": False}),
+            (sample, {"steps": 250, "method": "euler", "shift": 1 / 0.3, "labels": "balanced",
+                      "cfg_interval": (0, 1 - 0.11), "cfg_channels": None, "seed": 0})):
+        args = vars(script.parse([]))
+        assert {k: args[k] for k in published} == published
 
 
 def test_loss_by_time():
@@ -1501,9 +1764,9 @@ def test_guidance():
     assert torch.equal(sample.Velocity(net, y)(z, 0.5), v) and net.batches == [2]
     velocity = sample.Velocity(net, y, cfg=3.0, interval=(0.1, 0.5))
     assert torch.allclose(velocity(z, 0.5), guided) and net.batches == [2, 4]
-    velocity(z, 0.51), velocity(z, 0.05)
-    assert net.batches == [2, 4, 2, 2]
-    assert (velocity.conditional, velocity.unconditional) == (3, 1)
+    velocity(z, 0.51), velocity(z, 0.05), velocity(z, 0.1)
+    assert net.batches == [2, 4, 2, 2, 4]
+    assert (velocity.conditional, velocity.unconditional) == (4, 2)
     three = sample.Velocity(net, y, cfg=3.0, channels=3)(z, 0.5)
     assert torch.allclose(three[:, :3], guided[:, :3]) and torch.equal(three[:, 3:], v[:, 3:])
     for method, evaluations in (("euler", 7), ("heun", 14)):  # N steps are N intervals
@@ -1525,6 +1788,28 @@ def test_labels():
     assert "unconditional" in error_of(sample.choose_labels, "1", 0, 5, 0)
 
 
+def test_sample_grid():
+    """A class a row where all have as many images, else eight a row."""
+    images, labels = torch.arange(24.0).view(24, 1, 1, 1), np.arange(24) % 3
+    rows = sample.grid_rows(images, labels)
+    assert [row.flatten().tolist() for row in rows] == [list(range(k, 24, 3)) for k in range(3)]
+    assert [len(row) for row in sample.grid_rows(images[:23], labels)] == [8, 8]
+
+
+def test_sample_of_ranks():
+    """Two ranks, here threads, draw every image once between them."""
+    def draw(batch):
+        drawn.extend(batch)
+        return torch.tensor(batch).view(-1, 1, 1, 1).expand(-1, 3, 4, 4) / 127.5 - 1
+
+    drawn, wait = [], threading.Barrier(2, timeout=20).wait
+    with folder() as d, patch.object(runs, "barrier", wait), ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rank: sample.write_pngs(d, draw, 7, 2, {}, False, rank, 2), (0, 1)))
+        assert sorted(drawn) == list(range(7))
+        for i in range(7):
+            assert (np.array(Image.open(d / f"{i:06d}.png")) == i).all()
+
+
 def test_images_do_not_depend_on_the_batch():
     """Image i is a function of the seed and i, whatever is drawn beside it."""
     tokenizer, pictures = small_tokenizer(), []
@@ -1542,7 +1827,7 @@ def test_images_do_not_depend_on_the_batch():
 
 def test_official_dit():
     """Only names and shapes to go by; strict; and the other time direction."""
-    dit = random_weights(small_dit(qk_norm=True))
+    dit = random_weights(small_dit(qk_norm=True, patch=2, grid=[4, 4]))
     state, path = dit.state_dict(), TMP / "dit.pt"
     z, y = torch.randn(2, 4, 4, 4), torch.tensor([1, 2])
     torch.save({"ema": state, "model": {}}, path)
@@ -1558,6 +1843,88 @@ def test_official_dit():
             sample.load_dit(path)
 
 
+def plain_samples(dit, tokenizer, n=5, seed=0, steps=2, shift=1.0, heun=False, cfg=3.0,
+                  interval=(0, 1), channels=8, labels=(0, 1, 2), lightning=False, mean=None,
+                  std=None):
+    """uint8 (n, H, W, 3) by plain loops from sample.py's docstring."""
+    def velocity(z, t):
+        def v(y):
+            times = torch.full((n,), float(1 - t if lightning else t))
+            return (-1 if lightning else 1) * dit(z, times, y)
+
+        found = v(y)
+        if interval[0] <= t <= interval[1]:
+            guided = (1 - cfg) * v(torch.full_like(y, 3)) + cfg * found
+            found = torch.cat([guided[:, :channels], found[:, channels:]], 1)
+        return found
+
+    z = torch.from_numpy(np.stack([data.rng(seed, "noise", i).standard_normal((8, 2, 1), np.float32)
+                                   for i in range(n)]))
+    y = torch.tensor([labels[i % len(labels)] for i in range(n)])
+    for k in range(steps, 0, -1):
+        t, t_next = (shift * a / (1 + (shift - 1) * a) for a in (k / steps, (k - 1) / steps))
+        v = velocity(z, t)
+        if heun:
+            v = (v + velocity(z - (t - t_next) * v, t_next)) / 2
+        z = z - (t - t_next) * v
+    mean = tokenizer.latent_mean if mean is None else mean
+    std = tokenizer.latent_std if std is None else std
+    x = tokenizer.decode(z * std.view(-1, 1, 1) + mean.view(-1, 1, 1)).permute(0, 2, 3, 1)
+    return np.floor((x.numpy() + 1) * 127.5 + 0.5).clip(0, 255)
+
+
+@torch.no_grad()
+def test_sample_flags():
+    """Each flag by its effect on the images, beside all flags before it, against plain loops. The
+    images of one value do not serve for another."""
+    tokenizer = small_tokenizer()
+    dit = random_weights(small_dit(depth=1, d=8, num_classes=3, grid=(2, 1)))
+    stats = {"mean": torch.full((8,), 0.7), "std": torch.full((1, 8, 1, 1), 2.0)}
+    drawn = [int(data.rng(4, "label", i).integers(3)) for i in range(5)]
+    with folder() as d, patch.object(sample, "load_tokenizer", lambda *_: copy.deepcopy(tokenizer)):
+        torch.save(stats, d / "stats.pt")
+        flags, changed, last = [], {}, 0
+        ours = ["--tokenizer", save_tokenizer(tokenizer, d / "tok.pt"), "--dit",
+                save_dit(dit, d / "dit.pt", tokenizer), "--preset", "tiny", "--steps", 2, "-n", 5,
+                "--dtype", "fp32", "--out", d / "a.npz"]
+        for more, change in (
+                ([], {}),
+                (["--seed", 4], {"seed": 4}),
+                (["--labels", "random"], {"labels": drawn}),
+                (["--labels", "2,0"], {"labels": (2, 0)}),
+                (["--steps", 3], {"steps": 3}),
+                (["--shift", 3], {"shift": 3}),  # times 1, .857, .6, 0
+                (["--cfg", 1.5], {"cfg": 1.5}),
+                (["--cfg-interval", 0.7, 1], {"interval": (0.7, 1)}),
+                (["--cfg-interval", 0, 0.7], {"interval": (0, 0.7)}),
+                (["--cfg", 5], {"cfg": 5}),
+                (["--cfg-channels", 3], {"channels": 3}),
+                (["--method", "heun"], {"heun": True}),
+                (["--time", "lightning"], {"lightning": True}),
+                (["--latent-stats", d / "stats.pt"], stats),
+                (["--cfg", 1], {"cfg": 1})):
+            flags, changed = flags + more, changed | change
+            want = plain_samples(dit, tokenizer, **changed)
+            assert np.abs(want - last).max() > 3, more
+            execute(sample, *ours, *flags, "--overwrite")
+            last = np.load(d / "a.npz")["arr_0"].astype(float)
+            assert np.abs(last - want).max() <= 1, more
+        with recorded(sample, "generate") as calls:
+            for out in (d / "b", d / "b.npz"):
+                execute(sample, *ours, *flags, "--dtype", "bf16", "--batch-size", 2, "--out", out)
+        assert [len(images) for _, (images, _) in calls] == [2, 2, 1] * 2
+        bf16 = calls[0][1][0]
+        assert bf16.dtype == torch.float32, "the decoder's"
+        assert 1 < np.abs(data.to_uint8(bf16) - last[:2]).max() < 30
+
+        save_dit(random_weights(dit, 1), d / "dit.pt", tokenizer)
+        with refused("a.npz", "generator"):
+            execute(sample, *ours, *flags)
+        for step in (4, 12):
+            (d / f"dit_step{step:08d}.pt").touch()
+        assert sample.last_dit(d).name == "dit_step00000012.pt"
+
+
 def test_sample_files():
     """npz, folder and grid hold the same images; a stop and a second call complete them; other
     arguments and a second process are refused."""
@@ -1571,10 +1938,7 @@ def test_sample_files():
         execute(sample, *ours, "--out", npz, "--batch-size", 2)
         with np.load(npz) as f:
             images = f["arr_0"]
-        want, _ = sample.generate(dit, tokenizer, np.arange(5), np.arange(5) % 3, 0,
-                                  sample.time_grid(2), cfg=3.0)
         assert images.shape == (5, 32, 16, 3) and images.dtype == np.uint8
-        assert np.abs(images.astype(int) - data.to_uint8(want)).max() <= 1
         execute(sample, *ours, "--out", pngs, "--batch-size", 5)
         (pngs / "000003.png").unlink()
         execute(sample, *ours, "--out", pngs, "--grid", d / "grid.png")
@@ -1582,7 +1946,8 @@ def test_sample_files():
         assert [f.name for f in found] == [f"{i:06d}.png" for i in range(5)]
         again = np.stack([np.array(Image.open(f)) for f in found])
         assert np.abs(again.astype(int) - images).max() <= 1
-        assert Image.open(d / "grid.png").size == (5 * 16, 32)
+        grid = np.array(Image.open(d / "grid.png")).astype(int)
+        assert np.abs(grid - np.concatenate(images, axis=1)).max() <= 1
 
         (d / "s.npz.parts").mkdir()
         for out, held in ((npz, d / "s.npz.parts" / ".lock"), (pngs, pngs / ".lock")):
@@ -1603,6 +1968,8 @@ def test_sample_errors():
                 "--tokenizer", save_tokenizer(tokenizer, d / "tok.pt")]
         four = save_tokenizer(small_tokenizer(d=4), d / "4.pt")
         other = save_tokenizer(small_tokenizer(seed=1), d / "other.pt")
+        tokenizer.latent_std.zero_()
+        blank = save_tokenizer(tokenizer, d / "blank.pt")
         torch.save({"ema": dit.state_dict()}, d / "official.pt")
         torch.save({"mean": torch.zeros(3)}, d / "stats.pt")
         for words, flags in {
@@ -1614,6 +1981,8 @@ def test_sample_errors():
                 ("4 latent channels", "takes 8"): ["--tokenizer", four],
                 ("another tokenizer",): ["--tokenizer", other],
                 ("--time",): ["--dit", d / "official.pt"],
+                ("blank.pt", "no latent statistics"): [
+                    "--dit", d / "official.pt", "--time", "paper", "--tokenizer", blank],
                 ("stats.pt", "8 channels"): ["--latent-stats", d / "stats.pt"]}.items():
             with refused(*words):
                 execute(sample, *ours, *flags)
@@ -1684,6 +2053,7 @@ def test_kid_by_hand():
     x = torch.randn(60, 4, generator=torch.Generator().manual_seed(3))
     assert fid.kid(x, x + 1, size=10) == fid.kid(x, x + 1, size=10)
     assert fid.kid(x, x + 1, size=10) != fid.kid(x, x + 1, size=10, seed=1)
+    assert fid.kid(torch.rand(1010, 2), torch.rand(1020, 2), subsets=1)[2] == 1000
 
 
 def test_inception_score_closed_forms():
@@ -1694,6 +2064,8 @@ def test_inception_score_closed_forms():
     by_class = 100 * torch.eye(2).repeat_interleave(5000, 0)  # each chunk of 5000 is one class
     close(fid.inception_score(by_class)[0], 1, 1e-6)
     close(fid.inception_score(by_class, splits=4)[0], 2, 1e-2)
+    two = torch.cat([100 * torch.eye(2).repeat_interleave(2500, 0), torch.zeros(5000, 2)])
+    assert np.allclose(fid.inception_score(two), (1.5, 0.5))  # 2 and 1
 
 
 def test_resize_tf1_by_hand():
@@ -1712,48 +2084,132 @@ def test_resize_tf1_by_hand():
 
 
 def test_inception():
-    """The official file's names and sizes, TensorFlow's pools, and where the features come from."""
+    """Its names, sizes and values are torchvision's network with TensorFlow's pools, from a file;
+    the two resize rules; where the features come from."""
     net = fid.Inception()
     assert parameters(net) == 23_850_960
-    with torch.device("meta"):  # torchvision's, without auxiliary head, of 1008 classes
-        theirs = torchvision.models.inception_v3(num_classes=1008, aux_logits=False,
-                                                 init_weights=False).state_dict()
+    theirs = torchvision.models.Inception3(1008, aux_logits=False, init_weights=False).eval()
+    for layer in theirs.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):  # nothing zero or one, and nothing vanishes
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.2, 0.4)
+            layer.bias.data.normal_(0, 0.1)
+    state = theirs.state_dict()
     ours = net.state_dict()
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-    of_2018 = {k: v for k, v in ours.items() if "num_batches" not in k}
-    files.load_strictly(net, of_2018, "test")
-    ones = torch.ones(1, 1, 4, 4)
-    assert torch.equal(fid.average_pool(ones), ones)  # the padding does not count
-    dot = F.pad(torch.ones(1, 1, 1, 1), (0, 2, 0, 2))
-    assert net.Mixed_7c.pool(dot).sum() == 4 and net.Mixed_7b.pool(dot)[0, 0, 0, 0] == 0.25
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in state.items()}
+    with folder() as d:  # the official file is of 2018
+        torch.save({k: v for k, v in state.items() if "num_batches" not in k}, d / "i.pth")
+        net, _ = fid.load_inception(d / "i.pth")
 
-    seen = []
-    net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, out: seen.append(out))
-    out = net(torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8))
-    shapes = {name: tuple(v.shape) for name, v in out.items()}
-    assert shapes == {"pool": (2, 2048), "spatial": (2, 2023), "logits": (2, 1008)}
-    assert torch.equal(out["spatial"].view(2, 17, 17, 7)[1, 3, 5], seen[0][1, :7, 3, 5])  # HWC
-    assert torch.allclose(out["logits"], out["pool"] @ net.fc.weight.T)
+    def pool(x, kernel_size, stride, padding, count_include_pad=False):
+        pools.append(x.shape[1])  # the last is Mixed_7c's
+        return (F.max_pool2d(x, 3, 1, 1) if len(pools) == 9 else
+                average(x, 3, 1, 1, count_include_pad=False))
+
+    pools, average, seen = [], F.avg_pool2d, {}
+    for name in ("Mixed_6d", "fc"):
+        getattr(theirs, name).register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: (args[0], out)}))
+    x = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8)
+    with torch.no_grad(), patch.object(F, "avg_pool2d", pool):
+        logits = theirs((x.float() - 128) / 128)
+    out = net(x)
+    spatial = seen["Mixed_6d"][1][:, :7].permute(0, 2, 3, 1).flatten(1)  # branch1x1 first; HWC
+    for name, want in (("pool", seen["fc"][0]), ("spatial", spatial),
+                       ("logits", logits - theirs.fc.bias)):
+        assert out[name].shape == (1, net.dims[name]) and want.std() > 1e-3
+        assert (out[name] - want).norm() < 1e-4 * want.norm(), name
+
+    def stop(_, args):
+        entered.append(args[0])
+        raise RuntimeError("entered")
+
+    entered = []
+    net.Conv2d_1a_3x3.register_forward_pre_hook(stop)
+    row = np.random.default_rng(0).integers(0, 256, 400).astype(np.uint8)
+    wide = torch.from_numpy(row).expand(1, 3, 5, -1)
+    half_pixel = np.interp((np.arange(299) + 0.5) * 400 / 299 - 0.5, np.arange(400), row)
+    corner = np.interp(np.arange(299) * 400 / 299, np.arange(400), row)
+    for rule, want in (("torch", half_pixel / 127.5 - 1), ("tf1", (corner - 128) / 128)):
+        with refused("entered", kind=RuntimeError):
+            net(wide, rule)
+        assert np.allclose(entered[-1][0, 1, 7], want, atol=1e-4), rule
+
+
+def test_dinov2_features():
+    """cls after the final norm, of PIL's bicubic resize to 224 px with DINOv2's mean and std."""
+    encoder = random_weights(DINOv2(dim=64, depth=1, grid=5))
+    img = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    small = np.asarray(img.resize((70, 70), Image.BICUBIC), float) / 255
+    small = (small - [.485, .456, .406]) / [.229, .224, .225]
+    with torch.no_grad():
+        cls, _ = encoder(torch.from_numpy(small).permute(2, 0, 1)[None].float())
+        found = fid.DINOv2Features(encoder)(data.to_pixels(img)[None])["pool"]
+    assert torch.allclose(found, cls, atol=1e-5)
+    assert fid.DINOv2Features(DINOv2(dim=64, depth=0)).side == 224
+
+
+def plain_ssim(x, y):
+    """SSIM of two channels (H, W) in [0, 1], by a loop over the windows."""
+    i = np.arange(11) - 5
+    w = np.exp(-(i[:, None] ** 2 + i ** 2) / (2 * 1.5 ** 2))
+    w, values = w / w.sum(), []
+    for r, c in np.ndindex(x.shape[0] - 10, x.shape[1] - 10):
+        a, b = x[r:r + 11, c:c + 11], y[r:r + 11, c:c + 11]
+        ma, mb = (w * a).sum(), (w * b).sum()
+        va, vb = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum()
+        cov = (w * (a - ma) * (b - mb)).sum()
+        values.append((2 * ma * mb + 0.01 ** 2) * (2 * cov + 0.03 ** 2)
+                      / ((ma ** 2 + mb ** 2 + 0.01 ** 2) * (va + vb + 0.03 ** 2)))
+    return np.mean(values)
 
 
 def test_psnr_ssim():
-    """A tenth of the range is 20 dB; of two flat images SSIM's luminance term is left."""
-    x = torch.zeros(2, 3, 16, 20)
-    assert torch.allclose(fid.psnr(x, x + 0.2), torch.tensor(20.0).double(), atol=1e-5)
-    a, b = 0.5, 0.7  # in [0, 1]
-    expected = torch.tensor((2 * a * b + 1e-4) / (a * a + b * b + 1e-4)).double()
-    assert torch.allclose(fid.ssim(x, x + 0.4), expected, atol=1e-6)
-    noise = torch.rand(1, 3, 12, 12) * 2 - 1
-    assert abs(fid.ssim(noise, noise).item() - 1) < 1e-12 and fid.ssim(noise, -noise).item() < 0
+    """A tenth of the range is 20 dB, a hundredth 40, image by image; SSIM against a loop."""
+    x = torch.zeros(2, 3, 12, 14)
+    off = torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)
+    assert torch.allclose(fid.psnr(x, x + off), torch.tensor([20.0, 40.0]).double(), atol=1e-5)
+    x = torch.rand(2, 3, 12, 14) * torch.tensor([0.1, 2]).view(2, 1, 1, 1) - 1  # dark, and bright
+    y = (x + 0.1 * torch.randn(x.shape)).clamp(-1, 1)
+    by_hand = [np.mean([plain_ssim(*((c.double().numpy() + 1) / 2 for c in pair))
+                        for pair in zip(*images)]) for images in zip(x, y)]
+    assert np.allclose(fid.ssim(x, y), by_hand, atol=1e-9)
+
+
+def test_latent_statistics():
+    """Of all images and positions; the probe's features are an image's means; its label beside
+    them, of a random choice."""
+    tokenizer, shapes = small_tokenizer(), Shapes(n=24, size=32)
+    x = torch.stack([data.to_tensor(shapes.pixels(i)) for i in range(24)])
+    z, tokens = tokenizer.encode(x), tokenizer.features(x).mean(1)
+    found = fid.encode_images(tokenizer, shapes, 32, 24, 0, CPU, batch_size=7)
+    for name, want in (("latents", z.mean((2, 3))), ("tokens", tokens),
+                       ("labels", torch.tensor(shapes.labels)), ("latent_mean", z.mean((0, 2, 3))),
+                       ("latent_std", z.std((0, 2, 3), correction=0))):
+        assert torch.allclose(getattr(found, name), want, atol=1e-5), name
+    some = fid.encode_images(tokenizer, shapes, 32, 12, 0, CPU).labels
+    assert 3 < len(set(some.tolist())) < 12, "not the first"
 
 
 def test_linear_probe():
-    """Separable classes, nothing to tell, and two Gaussians at +-1, where Bayes' accuracy is
-    Phi(1) = 84.1 %."""
+    """The optimum of softmax regression with weight decay on features of the train set's mean and
+    variance; two Gaussians at +-1, where Bayes' accuracy is Phi(1) = 84.1 %."""
     y = torch.arange(300) % 3
     x = F.one_hot(y, 3) * 100.0 + torch.randn(300, 3)
     assert fid.linear_probe(x, y, x + torch.randn(300, 3), y) == 100
     assert fid.linear_probe(torch.zeros(300, 2), y, torch.zeros(300, 2), y) < 34
+    x = (x * torch.tensor([0.001, 1, 30]) + 5) + 40 * torch.randn(300, 3)
+    with recorded(torch.nn, "Linear") as made:
+        many = x[:200].repeat_interleave(330, 0), y[:200].repeat_interleave(330)
+        accuracy = fid.linear_probe(*many, x[200:], y[200:])
+    w, b = (p.detach().double().requires_grad_() for p in made[0][1].parameters())
+    mean, std = x[:200].mean(0), x[:200].std(0, correction=0)
+    x = ((x - mean) / std).double()
+    loss = F.cross_entropy(x[:200] @ w.T + b, y[:200]) + 1e-4 / 2 * (w ** 2).sum()
+    assert all(g.abs().max() < 2e-5 for g in torch.autograd.grad(loss, (w, b)))
+    right = ((x[200:] @ w.T + b).argmax(1) == y[200:]).sum().item()
+    close(accuracy, right, 1e-6)  # of 100
+    assert right < 100
     y = torch.arange(20000) % 2
     x = torch.randn(20000, 1) + (2.0 * y - 1)[:, None]
     assert abs(fid.linear_probe(x[:10000], y[:10000], x[10000:], y[10000:]) - 84.1) < 1.2
@@ -1776,6 +2232,146 @@ def write_images(root, n=12, size=64, seed=0):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     return np.concatenate([images[::2], images[1::2]])
+
+
+class Colours(torch.nn.Module):
+    """In place of Inception: features of few dimensions, another scale under another rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.dims = {"pool": 3, "spatial": 2, "logits": 4}
+
+    def forward(self, images, resize="tf1"):
+        x = images.float() / (255 if resize == "tf1" else 100)
+        return {"pool": x.mean((2, 3)), "spatial": x[:, :2, 0, 0], "logits": 3 * x[:, 0, -1, :4]}
+
+    def of(self, images, resize="tf1"):
+        """Of uint8 (N, H, W, 3), as fp64 arrays."""
+        found = self(torch.from_numpy(images).permute(0, 3, 1, 2), resize)
+        return {k: v.double().numpy() for k, v in found.items()}
+
+
+def plain_frechet(a, b):
+    s1, s2 = (np.cov(x.T) for x in (a, b))
+    root = np.sqrt(np.linalg.eigvals(s1 @ s2).real.clip(0)).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
+
+
+def plain_precision(ref, samples):
+    """The share of samples that lie in a ball: k = 3."""
+    reach = [sorted(np.linalg.norm(ref - r, axis=1))[3] for r in ref]
+    return np.mean([any(np.linalg.norm(s - r) <= d for r, d in zip(ref, reach)) for s in samples])
+
+
+def plain_kid(ref, samples, seed):
+    """Of each of 100 subsets of the smaller set's size, by a loop over the pairs of images."""
+    def k(x, y):
+        return (x @ y / 3 + 1) ** 3
+
+    size, r, values = min(len(ref), len(samples)), np.random.RandomState(seed), []
+    for _ in range(100):
+        y, x = (s[r.choice(len(s), size, replace=False)] for s in (samples, ref))
+        within = [k(s[i], s[j]) for s in (x, y) for i in range(size) for j in range(size) if i != j]
+        values.append(2 * np.mean(within) - 2 * np.mean([k(a, b) for a in x for b in y]))
+    return values
+
+
+def plain_inception_score(logits):
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
+
+
+def test_fid_figures():
+    """Every figure of the commands by hand, with a network of few features: of two sets of
+    different sizes, under both resize rules; through statistics on disk; of reconstructions."""
+    def metrics(a, b, seed=2020):
+        parts = np.array_split(np.random.RandomState(seed).permutation(len(b["logits"])), 2)
+        scores = [plain_inception_score(b["logits"][part]) for part in parts]
+        a_, b_ = a["pool"], b["pool"]
+        return {"FID": plain_frechet(a_, b_), "sFID": plain_frechet(a["spatial"], b["spatial"]),
+                "IS": np.mean(scores), "precision": plain_precision(a_, b_),
+                "recall": plain_precision(b_, a_), "KID": np.mean(plain_kid(a_, b_, seed))}
+
+    def check(found, expected):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            close(found[name], value, 1e-5)
+
+    net = Colours()
+    with folder() as d, patch.object(fid, "load_inception", lambda _: (net, "sha")):
+        a, b = write_images(d / "a", 14, 16, seed=1), write_images(d / "b", 12, 16, seed=1) // 2
+        b[:4] = a[0]  # precise, and little of it
+        np.savez(d / "b.npz", arr_0=b)
+        ours, expected = [d / "a", d / "b.npz", "--splits", 2], metrics(net.of(a), net.of(b))
+        assert expected["precision"] != expected["recall"]
+        with recorded(fid.Report, "add") as added:
+            check(figures(*ours), expected)
+        for (_, name, _, *numbers), _ in added:
+            assert numbers[:2] == [None if name == "IS" else 14, 12], name
+        pools = [net.of(x)["pool"] for x in (a, b)]
+        close(fid.kid(*map(torch.from_numpy, pools))[1], np.std(plain_kid(*pools, 2020)), 1e-6)
+        check(figures(*ours, "--seed", 3), metrics(net.of(a), net.of(b), 3))
+        check(figures(*ours, "--resize", "torch"), metrics(net.of(a, "torch"), net.of(b, "torch")))
+        whole = figures(*ours[:2], "--metrics", "is")  # fewer than 5000: one chunk
+        check(whole, {"IS": plain_inception_score(net.of(b)["logits"])})
+        small = [fid.center_crop(Image.fromarray(x), 8) for x in b]
+        small = net.of(np.stack(list(map(np.asarray, small))))
+        check(figures(d / "b.npz", d / "b.npz", "--size", 8, "--metrics", "is"),
+              {"IS": plain_inception_score(small["logits"])})
+
+        torch.backends.cudnn.allow_tf32 = True
+        execute(fid, d / "a", "--save-stats", d / "ref.npz", "--workers", 0)
+        assert not torch.backends.cudnn.allow_tf32
+        check(figures(d / "ref.npz", d / "b.npz", "--metrics", "fid,sfid"),
+              {k: expected[k] for k in ("FID", "sFID")})
+        with np.load(d / "ref.npz") as f:  # ADM's names
+            assert np.allclose(f["mu_s"], net.of(a)["spatial"].mean(0))
+            assert f["sigma"].shape == (3, 3)
+        with refused("was saved with resize tf1"):
+            execute(fid, d / "ref.npz", *ours[1:], "--metrics", "fid", "--resize", "torch")
+        execute(fid, d / "a", "--save-stats", d / "ref.npz", "--resize", "torch", "--workers", 0)
+        with refused("was saved with resize torch"):
+            execute(fid, d / "ref.npz", *ours[1:], "--metrics", "fid")
+
+
+def test_fid_ranks():
+    """Two ranks read each image once, and together find what one finds."""
+    def as_ranks(call, *ranks):
+        """call(rank) for each, in threads that stand for processes."""
+        barrier, tensors = threading.Barrier(len(ranks), timeout=20), {}
+
+        def all_reduce(x):
+            tensors[threading.get_ident()] = x.clone()
+            barrier.wait()
+            x.copy_(sum(tensors.values()))
+            barrier.wait()
+
+        dist = SimpleNamespace(is_initialized=lambda: True, all_reduce=all_reduce)
+        with patch.object(fid, "dist", dist), ThreadPoolExecutor(len(ranks)) as pool:
+            return list(pool.map(call, ranks))
+
+    x = torch.randn(23, 40)
+    x[:10] += 5  # the ranks' means differ
+    whole = fid.FeatureStatistics.of(x)
+
+    def statistics(indices):
+        own = fid.FeatureStatistics(23, 40)
+        own.add(x[indices], indices)
+        return own.finish()
+
+    for found in as_ranks(statistics, torch.arange(10), torch.arange(10, 23)):
+        assert torch.allclose(found.mu, whole.mu) and torch.allclose(found.sigma, whole.sigma)
+        assert torch.equal(found.rows, x)
+    args = SimpleNamespace(batch_size=3, workers=0)
+    with folder() as d:
+        images = write_images(d / "a", 14, 16)
+        np.savez(d / "a.npz", arr_0=images)
+        for path in (d / "a", d / "a.npz"):
+            seen = [batch for rank in (0, 1)
+                    for batch in fid.ImageSet(path).read(args, rank, 2, CPU)]
+            assert sorted(i for _, indices in seen for i in indices.tolist()) == list(range(14))
+            for pixels, indices in seen:
+                assert np.array_equal(pixels.permute(0, 2, 3, 1), images[indices])
 
 
 def test_fid_commands():
@@ -1833,22 +2429,44 @@ def test_fid_of_a_tokenizer():
     """--recon on 8-bit reconstructions, with the tokenizer's own encoder; --probe."""
     tokenizer = frozen(Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]))
     with folder() as d:
-        images, a, path = write_images(d / "a", n=20), d / "a", d / "tokenizer.pt"
+        images, a, path = write_images(d / "a", n=7), d / "a", d / "tokenizer.pt"
         save_checkpoint(path, {"tokenizer": tokenizer.state_dict(), "recipe": {"size": 64},
                                "arguments": tokenizer.arguments})
         found = figures("--recon", path, a, "--features", "dinov2", "--encoder", path,
-                        "--metrics", "rfid,psnr,ssim", "--batch-size", 8)
+                        "--metrics", "rfid,psnr,ssim", "--batch-size", 4)
         assert found.keys() == {"rFD-DINOv2", "PSNR", "SSIM"}
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
         recon = tokenizer.decode(tokenizer.encode(x / 127.5 - 1))
         recon = ((recon + 1) * 127.5).round().clamp(0, 255)
         by_hand = 10 * np.log10(255 ** 2 / (recon - x).square().mean((1, 2, 3)).numpy())
         close(found["PSNR"], by_hand.mean(), 1e-5)
+        close(found["SSIM"], fid.ssim(x / 127.5 - 1, recon / 127.5 - 1).mean().item(), 1e-5)
+        net, pairs = Colours(), (images, recon.permute(0, 2, 3, 1).byte().numpy())
+        with patch.object(fid, "load_inception", lambda _: (net, "sha")):
+            execute(fid, "--recon", path, a, "--metrics", "rfid", "--workers", 0, "--json", d / "j")
+        found = json.loads((d / "j").read_text())["figures"]
+        assert [f["resize"] for f in found] == ["tf1", "torch"]
+        for f in found:
+            expected = plain_frechet(*(net.of(p, f["resize"])["pool"] for p in pairs))
+            close(f["value"] / expected, 1, 1e-3)
         with refused("rfid,psnr,ssim,lpips"):  # what can be left out
             execute(fid, "--recon", path, a, "--metrics", "psnr,lpips", "--vgg16", "none",
                     "--lpips-heads", "none", "--workers", 0)
-        assert 0 <= figures("--probe", path, a, a)["probe %"] <= 100
-        assert figures("--probe", path, a, a, "--tokens")
+        for name, colour in (("train/x/0", "red"), ("train/x/1", "red"), ("train/y/0", "blue"),
+                             ("val/x/0", "red"), ("val/y/0", "red"), ("val/y/1", "red"),
+                             ("val/y/2", "red")):
+            file = d / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), colour).save(file)
+        for more, channels in (([], 32), (["--tokens"], 192)):
+            with recorded(fid, "linear_probe") as probes:
+                found = figures("--probe", path, d / "train", d / "val", *more)
+            assert found == {"probe %": 25} and probes[0][0][0].shape == (3, channels)
+        with (patch.object(fid, "Shapes", lambda split, n, size: Shapes(split, 4, size)),
+              recorded(fid, "Shapes") as sets):
+            execute(fid, "--probe", path, "shapes", "shapes", "--workers", 0)
+            execute(fid, "--recon", path, "shapes", "--metrics", "psnr", "--workers", 0)
+        assert [of for of, _ in sets] == [("train", 8192, 64), ("val", 512, 64), ("val", 512, 64)]
         with refused("class folders"):
             execute(fid, "--probe", path, a / "class0", a, "--workers", 0)
 
