@@ -732,8 +732,11 @@ def test_flow_matching():
 
 def test_lpips():
     """Random VGG16 and heads from two files: an independent sum, zero for equal images, finite
-    gradients where features vanish."""
+    gradients where features all but vanish."""
     vgg = torchvision.models.vgg16().features[:30].eval()
+    for conv in vgg:
+        if hasattr(conv, "bias"):  # zero, they would hide the input's scale: the features have norm 1
+            torch.nn.init.normal_(conv.bias, std=0.1)
     heads = [torch.rand(1, c, 1, 1) for c in (64, 128, 256, 512, 512)]
     paths = TMP / "vgg.pth", TMP / "heads.pth"
     torch.save({f"features.{k}": v for k, v in vgg.state_dict().items()}, paths[0])
@@ -755,7 +758,8 @@ def test_lpips():
 
     flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
     with torch.no_grad():
-        lpips.vgg16[0].bias.fill_(-100)  # relu1_2 sees nothing
+        lpips.vgg16[2].weight.zero_()
+        lpips.vgg16[2].bias.fill_(1e-25)  # whose square, in relu1_2's norm, is 0
     lpips(torch.zeros(1, 3, 32, 32), flat).sum().backward()
     assert flat.grad.isfinite().all() and not any(p.requires_grad for p in lpips.parameters())
     assert not lpips.train().training
@@ -972,15 +976,23 @@ def test_vae():
         assert "latent statistics" in error_of(again.normalize, z, kind=ValueError)
         assert "--latent-stats" in error_of(files.require_statistics, again, path)
     assert "not a tokenizer" in error_of(load_tokenizer, path)  # no system was named that knows it
+    vae.quant_conv.bias[8:10] = torch.tensor([99.0, -99.0])  # log-variances beyond their clamp
+    with patch.object(vae, "decode", lambda z: z):
+        z, moments, _ = vae(x, 1e6 * noise)
+    std = (moments[:, 8:].clamp(-30, 20) / 2).exp()
+    assert torch.allclose(z, moments[:, :8] + std * 1e6 * noise)
     del state["quant_conv.bias"]
     save_checkpoint(path, state)
     assert "quant_conv.bias" in error_of(load_tokenizer, path, VAE)
 
 
 def test_baseline_losses():
-    """KL of two dimensions (a log-variance is clamped to 20), and the VF loss of two tokens."""
+    """KL of two dimensions (a log-variance is clamped to [-30, 20]), and the VF loss of two tokens.
+    """
     moments = torch.tensor([1.0, -2.0, math.log(4), 99.0]).view(1, 4, 1, 1)
     expected = 0.5 * (1 + 4 - 1 - math.log(4)) + 0.5 * (4 + math.exp(20) - 1 - 20)
+    least = baselines.kl_divergence(torch.tensor([0.0, -99.0]).view(1, 2, 1, 1)).item()
+    assert math.isclose(least, 0.5 * (math.exp(-30) - 1 + 30), rel_tol=1e-6)
     assert math.isclose(baselines.kl_divergence(moments).item(), expected, rel_tol=1e-6)
     z = torch.tensor([[3.0, 3.0], [0.0, 0.0]]).view(1, 2, 1, 2)  # the tokens (3, 0) and (3, 0)
     f = torch.tensor([[[2.0, 0.0], [0.0, 5.0]]])
@@ -1320,6 +1332,15 @@ def test_steps_against_autograd():
                     (d_loss / 2).backward()
                 logs.append(log)
 
+            if "init" in own:  # nothing is drawn again: the first step moves a weight by a rate
+                start = load_file(own.split()[3])
+                for part in ("tokenizer", "discriminator"):
+                    for k, p in start[part].items():
+                        moved = (before[part][k] - p).abs().max()
+                        assert moved < 4e-3 or "running" in k or "num_" in k, (name, k)
+                for k, p in net.named_parameters():
+                    by_hand = 0.75 * start["tokenizer"][k] + 0.25 * before["tokenizer"][k]
+                    assert torch.allclose(before["ema"][k], by_hand, atol=1e-6), k
             rates = {"": 2e-3 if name == "stage1" else 1e-3} | ({"encoder": 5e-4} if sp else {})
             check_adam(net, "opt_g", "tokenizer", rates, before, after)
             if gan:
@@ -1512,8 +1533,8 @@ def test_autocast():
 
 
 def test_seeds():
-    """--seed draws a random E_p and the other networks: alike for a seed, E_p and the rest each
-    other for another. The flags' sizes are those of the networks; E_p's weights are its file's."""
+    """A seed draws E_p (random:NAME) and the other networks, another seed others; --d and the
+    preset's disc_ch are their sizes."""
     def begin(stage=1, *flags):
         args = tt.parse([*SMALL, *flags])
         start = tt.start_from_encoder(stage, args, None, None, CPU)
@@ -1525,8 +1546,8 @@ def test_seeds():
 
     first, again, other = begin(), begin(), begin(1, "--seed", "1", "--d", "24")
     assert same(first, again) is None
-    for a, b in zip(first, other):
-        assert not any(torch.equal(a[k], b[k]) for k in a if k.endswith(("proj.weight", "conv1.weight", "main.0.weight")))
+    for part, k in enumerate(("cls_token", "conv_out.weight", "main.0.weight")):
+        assert not torch.equal(first[part][k], other[part][k])
     begin(0, "--d", "24")
 
 
@@ -1546,6 +1567,13 @@ def test_recipe():
         assert tt.parse(["--preset", "tiny", *flags]).w_p == w_p
     args = tt.parse(["--lr", "1", "--steps", "7"])
     assert args.encoder_lr == 1 and args.steps_of == dict.fromkeys(range(4), 7)
+
+    harmless = "preset init out data val val_images steps steps_of workers compile checkpointing "
+    harmless += "log_every save_every grid_every overwrite vgg16 lpips_heads encode_images "
+    harmless += "check_data pretrain_steps given encoder_given"
+    recipe = load_file(small_run() / "stage1.pt")["recipe"].keys()
+    assert vars(args).keys() - harmless.split() == recipe - {
+        "fingerprint at the start", "list of images", "lpips"}, "what a resume must repeat"
 
 
 def test_nothing_grows_with_the_steps():
