@@ -55,6 +55,7 @@ from files import (
     load_lpips,
     load_strictly,
     load_tokenizer,
+    load_weights,
     print_0,
     reading,
     sha256,
@@ -158,8 +159,8 @@ def load_inception(file=None):
     """(Inception, sha256), from a file, torch hub's cache or a download. Errors: UserError."""
     path = find_weights(INCEPTION_URL, INCEPTION_SHA256, "--inception", file)
     inception = Inception()
-    # dict() drops the version: BatchNorm then fills in num_batches_tracked, new since 2018
-    load_strictly(inception, dict(load_file(path, "Inception")), path)
+    # a plain dict has no version: BatchNorm then fills in num_batches_tracked, new since 2018
+    load_strictly(inception, load_weights(path, "Inception"), path)
     digest = sha256(path)
     if digest != INCEPTION_SHA256:
         print_0(f"NOTE: {path} is not the official FID Inception (sha256 {digest[:8]}): its "

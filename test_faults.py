@@ -215,13 +215,22 @@ def test_hostile_checkpoints():
                 sample.load_dit(d / "wrong.pt")
 
         state = tokenizer.encoder.state_dict()
-        for wrong in ({"teacher": [1]},
-                      state | {"blocks.999999999.norm1.weight": torch.zeros(64)},
-                      state | {"cls_token": 1},
-                      state | {"pos_embed": torch.zeros(1).expand(1, 2 ** 40, 64)}):
+        views = {f"blocks.0.attention.{x}_proj.weight": torch.zeros(1).expand(2 ** 20, 2 ** 20)
+                 for x in "qkv"}  # 12 TB, if they were joined
+        endless = {}
+        endless["model"] = endless
+        for word, wrong in {
+                "is no DINOv2": {"teacher": [1]}, "names: model": endless,
+                "argument depth": state | {"blocks.999999999.norm1.weight": torch.zeros(64)},
+                "AttributeError": state | {"cls_token": 1},
+                "than the file": state | {"pos_embed": torch.zeros(1).expand(1, 2 ** 40, 64)},
+                "larger than the file": state | views}.items():
             torch.save(wrong, d / "wrong.pt")
-            with refused("wrong.pt"):
+            with refused("wrong.pt", word):
                 files.load_encoder(str(d / "wrong.pt"))
+        torch.jit.save(torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)), d / "wrong.pt")
+        with refused("wrong.pt", "TorchScript"):
+            files.load_encoder(str(d / "wrong.pt"))
 
 
 def slow_hostile_stage_files(most=None):
