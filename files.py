@@ -384,7 +384,7 @@ SIGNS = {
     "LightningDiT": r"x_embedder\.proj",
     "DINOv2": r"(?s)\A(?=.*cls_token$)(?=.*pos)(?=.*(ls1\.gamma|layer_scale1))",
     "DINOv3": r"(?s)\A(?=.*cls_token$)(?!.*pos)",  # positions turn queries and keys
-    "CLIP": r"class_embedding|pre_layrnorm|resblocks|norm_pre\.",
+    "CLIP": r"class_embedding|resblocks|norm_pre\.",
     "SigLIP": r"head\.probe|attn_pool\.|layers\.\d+\.self_attn\.",
     "MAE": r"decoder_(pos_embed|embed|blocks)",
     "another ViT (DINO v1, MAE, BEiT, ...)": r"cls_token$",

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import struct
@@ -947,8 +948,9 @@ def test_weights_of_other_networks():
             "LightningDiT": ["module.x_embedder.proj.weight", "pos_embed"],
             "DINOv3": ["cls_token", "storage_tokens", "blocks.0.ls1.gamma"],
             "DINOv3 (transformers)": ["embeddings.cls_token", "layer.0.layer_scale1.lambda1"],
-            "CLIP": ["visual.class_embedding", "visual.transformer.resblocks.0.ln_1.weight"],
-            "CLIP (transformers)": ["vision_model.pre_layrnorm.weight"],
+            "CLIP": ["visual.layer1.0.conv1.weight", "transformer.resblocks.0.ln_1.weight"],
+            "CLIP (transformers)": ["vision_model.embeddings.class_embedding"],
+            "CLIP (timm)": [*vit, "norm_pre.weight"],
             "SigLIP": ["vision_model.head.probe", "vision_model.encoder.layers.0.mlp.fc1.bias"],
             "MAE": [*vit, "decoder_pos_embed"],
             "another ViT": vit,
@@ -963,6 +965,7 @@ def test_weights_of_other_networks():
     torch.save(renamed(small_tokenizer().encoder.state_dict(), TRANSFORMERS), path)
     assert "DINOv2" in error_of(load_tokenizer, path, VAE)
     assert "no Inception" in error_of(fid.load_inception, path)
+    assert "no LightningDiT: its names are those of DINOv2" in error_of(sample.load_dit, path)
     assert "no VGG16" in error_of(files.load_lpips, path, path)
 
 
@@ -1764,6 +1767,13 @@ def test_precision_recall_by_hand():
     assert fid.precision_recall(ref, samples, k=1) == (0.5, 0.25)
     assert fid.precision_recall(ref, ref, k=3) == (1.0, 1.0)
     assert fid.precision_recall(ref, ref + 100, k=3) == (0.0, 0.0)
+    x = torch.randn(100, 200, generator=torch.Generator().manual_seed(0)).abs()
+    x[:30] = x[0]  # more than k equal images: their balls have radius 0
+    rounding = 1 + 1e-7 * torch.randn(100, 200, generator=torch.Generator().manual_seed(1))
+    for again in (x, x.flip(0), torch.cat([x, x[:50]]), x * rounding):
+        assert fid.precision_recall(x, again) == fid.precision_recall(again, x) == (1.0, 1.0)
+    ones = torch.ones(5, 1)
+    assert fid.precision_recall(ones, ones + 1e-4) == (0.0, 0.0)  # near, and not equal
 
 
 def test_kid_by_hand():
@@ -1885,12 +1895,31 @@ def test_fid_commands():
         execute(fid, a, "--save-stats", ref, *dinov2, "--workers", 0)
         with np.load(ref) as f:  # both in one file, as ADM's reference batches
             np.savez(d / "both.npz", arr_0=images[:8], mu=f["mu"], sigma=f["sigma"])
+        np.savez(d / "few.npz", arr_0=images[:8])
         for name, metrics in (("images", by_folder), ("ref", ["FD-DINOv2"]), ("both", by_folder)):
             found = figures(d / f"{name}.npz", b, *dinov2)
             assert set(found) == set(metrics), name
             close(found["FD-DINOv2"], by_folder["FD-DINOv2"], 1e-6)
 
+        # statistics in either order in memory
+        mu, sigma = np.zeros(192), np.diag(np.arange(1.0, 193))
+        sigma[3, 5] = sigma[5, 3] = 2
+        for name, change in {"C": sigma, "F": np.asfortranarray(sigma), "nan": sigma * np.nan,
+                             "skew": sigma + np.eye(192, k=7)}.items():
+            np.savez(d / f"{name}.npz", mu=mu, sigma=change)
+        c, f = (figures(d / f"{name}.npz", b, *dinov2)["FD-DINOv2"] for name in "CF")
+        assert c == f
+        with patch("builtins.print") as said:  # reference and samples exchanged
+            figures(a, d / "C.npz", *dinov2)
+            execute(fid, d / "few.npz", b, *dinov2, "--metrics", "fid", "--workers", 0)
+        told = [text for text in map(str, said.call_args_list) if "exchanged?" in text]
+        assert sum("C.npz holds statistics" in text for text in told) == 2  # before, and after
+        assert sum("few.npz is 8 images" in text for text in told) == 2
+
         np.savez(d / "keys.npz", other=np.zeros(3))
+        np.save(d / "images.npy", images)
+        (d / "stylegan.pkl").write_bytes(pickle.dumps({"raw_mean": mu}))
+        np.savez(d / "order.npz", arr_0=np.asfortranarray(images))
         np.savez(d / "dims.npz", mu=np.zeros(10), sigma=np.eye(10))
         np.savez(d / "pickle.npz", arr_0=np.array([{}], dtype=object))
         (d / "none").mkdir(), (d / "one").mkdir()
@@ -1903,7 +1932,14 @@ def test_fid_commands():
                 ("no images",): [d / "none", b],
                 ("not found",): [d / "missing", b],
                 ("one image",): [d / "one", b],
-                ("neither images (arr_0) nor statistics",): [d / "keys.npz", b],
+                ("other", "neither images (arr_0) nor statistics"): [d / "keys.npz", b],
+                ("an .npy file", "arr_0="): [d / "images.npy", b],
+                ("a pickle", "docs/evaluation.md"): [a, d / "stylegan.pkl"],
+                ("is PyTorch's", "docs/evaluation.md"): [encoder, b],
+                ("C order", "in F order"): [d / "order.npz", b],
+                ("NaN",): [d / "nan.npz", b, *dinov2],
+                ("not symmetric",): [d / "skew.npz", b, *dinov2],
+                ("both.npz holds statistics", "exchanged?"): [a, d / "both.npz", *dinov2],
                 ("(10,)",): [d / "dims.npz", b, *dinov2, "--metrics", "fid"],
                 ("--metrics kid",): [d / "dims.npz", b, *dinov2, "--metrics", "kid"],
                 ("object",): [d / "pickle.npz", b],
