@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from files import unwrapped
 from model import Decoder, GroupNorm, LatentSpace, Level, Middle
 
 
@@ -64,7 +65,7 @@ class VAE(LatentSpace):
         None where there is none."""
         if "vf_dim" in content.get("arguments", {}):
             return content["arguments"], content["tokenizer"]
-        state = content.get("state_dict", content)
+        state = unwrapped(content)
         if "encoder.conv_in.weight" not in state:
             return None
         # Official files hold no sizes: they follow from names and shapes. What only training needs

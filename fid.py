@@ -55,6 +55,7 @@ from files import (
     load_lpips,
     load_strictly,
     load_tokenizer,
+    load_weights,
     print_0,
     reading,
     sha256,
@@ -158,8 +159,8 @@ def load_inception(file=None):
     """(Inception, sha256), from a file, torch hub's cache or a download. Errors: UserError."""
     path = find_weights(INCEPTION_URL, INCEPTION_SHA256, "--inception", file)
     inception = Inception()
-    # dict() drops the version: BatchNorm then fills in num_batches_tracked, new since 2018
-    load_strictly(inception, dict(load_file(path, "Inception")), path)
+    # a plain dict has no version: BatchNorm then fills in num_batches_tracked, new since 2018
+    load_strictly(inception, load_weights(path, "Inception"), path)
     digest = sha256(path)
     if digest != INCEPTION_SHA256:
         print_0(f"NOTE: {path} is not the official FID Inception (sha256 {digest[:8]}): its "
@@ -289,10 +290,13 @@ class FeatureStatistics:
         dims = network.net.dims[layer]
         for name, shape in (("mu", (dims,)), ("sigma", (dims, dims))):
             value = images.statistics[name + suffix]
-            finite = value.dtype.kind == "f" and np.isfinite(value).all()
-            if value.shape != shape or not finite:
+            if value.shape != shape:
                 raise UserError(f"{images.path}: {name + suffix} is {value.shape}, these features "
-                                f"need {shape} and finite numbers: another network's?")
+                                f"need {shape}: another network's?")
+            if value.dtype.kind != "f" or not np.isfinite(value).all():
+                raise UserError(f"{images.path}: {name + suffix} holds NaN or other than floats")
+            if not np.allclose(value, value.T, rtol=0, atol=1e-6 * abs(value).max()):
+                raise UserError(f"{images.path}: {name + suffix} is no covariance: not symmetric")
             setattr(statistics, name, torch.from_numpy(value.astype(np.float64)).to(device))
         # others' files hold neither: they are believed
         for key, now in (("resize", network.resize), ("weights", network.weights)):
@@ -344,12 +348,17 @@ def inception_score(logits, splits=None, seed=2020):
 
 
 def _distances(x, y):
-    """Squared distances of x (n, D) to y (m, D): yields blocks (rows, m), each at most 256 MB."""
+    """Squared distances of x (n, D) to y (m, D): yields blocks (rows, m), each at most 256 MB.
+
+    Features of equal images differ by rounding, and so do their distances: below 1e-6 of the
+    features' length the distance is 0. Else more than k equal images, whose balls have the radius
+    0, would lie outside their own balls."""
     y = y.double()
     for block in x.split(max(1, 2 ** 25 // len(y))):
         block = block.double()
-        yield (block.square().sum(1, keepdim=True) + y.square().sum(1)
-               - 2 * block @ y.T).clamp_min(0)
+        squares = block.square().sum(1, keepdim=True) + y.square().sum(1)
+        distances = squares - 2 * block @ y.T
+        yield distances.masked_fill_(distances < 1e-12 * squares, 0)
 
 
 def precision_recall(ref, samples, k=3):
@@ -485,14 +494,14 @@ def linear_probe(train_x, train_y, val_x, val_y, device="cpu"):
 # ---- images
 
 def read_header(f, size):
-    """(shape, dtype) by the header of an .npy file of `size` bytes, open at its start. ValueError
-    for a shape that the file cannot hold, Fortran's order, pickled objects."""
+    """(shape, "C" or "F": the order in memory, dtype) by the header of an .npy file of `size`
+    bytes, open at its start. ValueError for a shape that the file cannot hold, pickled objects."""
     major, _ = np.lib.format.read_magic(f)
     shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(f)
     end = f.tell() + math.prod(shape) * dtype.itemsize
-    if fortran or dtype.hasobject or min(shape, default=1) < 0 or end != size:
+    if dtype.hasobject or min(shape, default=1) < 0 or end != size:
         raise ValueError(f"an array of {dtype} {shape} in {size} bytes")
-    return shape, dtype
+    return shape, "F" if fortran else "C", dtype
 
 
 def read_array(npz, name):
@@ -501,8 +510,8 @@ def read_array(npz, name):
     if entry.file_size > 2 ** 28:  # eight times 2048 x 2048 in fp64
         raise ValueError(f"{name} takes {entry.file_size} bytes")
     data = npz.read(entry)
-    shape, dtype = read_header(f := io.BytesIO(data), len(data))
-    return np.frombuffer(data, dtype, offset=f.tell()).reshape(shape)
+    shape, order, dtype = read_header(f := io.BytesIO(data), len(data))
+    return np.frombuffer(data, dtype, offset=f.tell()).reshape(shape, order=order)
 
 
 class ImageSet:
@@ -519,14 +528,27 @@ class ImageSet:
         elif zipfile.is_zipfile(path):
             self._open_npz()
         else:
-            found = "neither a folder nor a whole npz" if Path(path).exists() else "not found"
-            raise UserError(f"{path}: {found}")
+            raise UserError(f"{path}: {self._named()}")
         if self.data is not None:
             self.n = len(self.data)
             if not size:
                 self.side = self.data.image(0).size  # (W, H)
         if self.n == 1:
             raise UserError(f"{path} holds one image; a covariance takes at least two")
+
+    def _named(self):
+        """What is neither a folder nor an npz."""
+        if not Path(self.path).is_file():
+            return "not found"
+        with open(self.path, "rb") as f:
+            start = f.read(6)
+        if start == b"\x93NUMPY":
+            return ("an .npy file; an npz is needed: np.savez('NAME.npz', arr_0=images), or "
+                    "mu=..., sigma=... of statistics")
+        if start[:1] == b"\x80":
+            return ("a pickle, which is never loaded: it could run code; docs/evaluation.md shows "
+                    "how its statistics become an npz")
+        return "neither a folder nor a whole npz"
 
     def _open_npz(self):
         with reading(self.path, "npz"), zipfile.ZipFile(self.path) as npz:
@@ -545,16 +567,18 @@ class ImageSet:
                 if not self.size:
                     self.side = W, H
         if not self.n and not self.statistics:
-            raise UserError(f"{self.path} holds neither images (arr_0) nor statistics (mu, sigma): "
-                            f"{', '.join(keys)[:200]}")
+            torch_file = any(key.endswith("/data.pkl") for key in keys)
+            kind = "is PyTorch's, no npz" if torch_file else f"holds {', '.join(keys)[:200]}"
+            raise UserError(f"{self.path} {kind}: neither images (arr_0) nor statistics (mu, "
+                            "sigma); docs/evaluation.md shows how others' become an npz")
 
     def _read_header(self, npz, f):
         """(N, H, W), by arr_0's header in its open entry f."""
-        shape, dtype = read_header(f, npz.getinfo("arr_0.npy").file_size)
+        shape, order, dtype = read_header(f, npz.getinfo("arr_0.npy").file_size)
         images = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and min(shape)
-        if not images or shape[1] * shape[2] > 2 ** 24:
-            raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3), at most 16 megapixels "
-                            f"each, not {dtype} {shape}")
+        if not images or order == "F" or shape[1] * shape[2] > 2 ** 24:
+            raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3) in C order, at most 16 "
+                            f"megapixels each, not {dtype} {shape} in {order} order")
         return shape[:3]
 
     def _prepare(self, img):
@@ -662,6 +686,10 @@ def evaluate(args, rank, world, device):
         metrics = possible(metrics, name, images, args, report)
     if args.save_stats and not sets["REF"].n:
         raise UserError(f"--save-stats: {sets['REF'].path} holds no images")
+    if len(sets) == 2:
+        check_order(metrics, *sets.values(), report)
+    for text in report.warnings:  # before the work, and after it
+        print_0(f"WARNING: {text}")
     network = load_network(args, device)
 
     statistics, computed = {}, {}  # name -> layer -> FeatureStatistics
@@ -718,6 +746,20 @@ def possible(metrics, name, images, args, report):
     if "pr" in metrics and images.n < 4:  # k = 3 neighbours
         raise UserError(f"{images.path}: precision and recall take at least 4 images")
     return metrics
+
+
+def check_order(metrics, ref, samples, report):
+    """Whether REF and SAMPLES look exchanged. UserError where it would change a figure."""
+    advice = "exchanged? The reference comes first"
+    if samples.statistics and not ref.statistics:
+        found = f"SAMPLES {samples.path} holds statistics, REF {ref.path} does not: {advice}"
+        if {"is", "pr"} & set(metrics):
+            raise UserError(f"{found} (--metrics fid is the same in either order)")
+        report.warnings.append(found)
+    n = ref.statistics.get("n", 0) if ref.statistics else ref.n
+    if 0 < n < samples.n:
+        report.warnings.append(f"REF {ref.path} is {n} images, SAMPLES {samples.path} is "
+                               f"{samples.n}: {advice}")
 
 
 @torch.inference_mode()

@@ -85,13 +85,21 @@ def reading(path, kind):
 
 
 def load_file(path, kind="checkpoint"):
-    """The dict in a .pt or .pth file, on the CPU: tensors, numbers and strings, never code.
+    """The dict in a .pt, .pth or .safetensors file, on the CPU: tensors, numbers and strings, never
+    code.
 
     torch.load ignores the CRCs of this zip archive, so they are compared first. Files from before
     PyTorch 1.6 (the official VGG16 and Inception) have none; find_weights knows their sha256.
     Errors: UserError."""
     with reading(path, kind), open(path, "rb") as f, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's remarks on odd pickles
+        if f.read(9)[8:] == b"{":  # safetensors: the length of a header, then the header in JSON
+            try:
+                from safetensors.torch import load_file as load_safetensors
+            except ImportError:
+                raise UserError(f"{path} is a safetensors file, which takes the package of that "
+                                "name: pip install safetensors") from None
+            return load_safetensors(path)
         if zipfile.is_zipfile(f):
             with zipfile.ZipFile(f) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
@@ -99,6 +107,8 @@ def load_file(path, kind="checkpoint"):
                     raise ValueError("it would unpack to more than its size")
                 if damaged := archive.testzip():
                     raise ValueError(f"the CRC of {damaged} differs")
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise ValueError("TorchScript, as OpenAI's CLIP: a program, which is never run")
         f.seek(0)
         try:
             content = torch.load(f, map_location="cpu", weights_only=True)
@@ -367,27 +377,128 @@ def find_weights(url, digest, flag, file=None):
     return path
 
 
+# what the names in a file say of it; the first that fits
+SIGNS = {
+    "AlignTok or a baseline": r"^tokenizer$",
+    "an autoencoder of LDM": r"(en|de)coder\.conv_in\.",  # and of VA-VAE
+    "LightningDiT": r"x_embedder\.proj",
+    "DINOv2": r"(?s)\A(?=.*cls_token$)(?=.*pos)(?=.*(ls1\.gamma|layer_scale1))",
+    "DINOv3": r"(?s)\A(?=.*cls_token$)(?!.*pos)",  # positions turn queries and keys
+    "CLIP": r"class_embedding|resblocks|norm_pre\.",
+    "SigLIP": r"head\.probe|attn_pool\.|layers\.\d+\.self_attn\.",
+    "MAE": r"decoder_(pos_embed|embed|blocks)",
+    "another ViT (DINO v1, MAE, BEiT, ...)": r"cls_token$",
+    "a ResNet": r"layer1\.0\.conv1\.|stages\.0\.layers\.0\.",
+    "Inception": r"^Mixed_5b\.",
+    "VGG16": r"^features\.28\.",
+    "LPIPS heads": r"^lin0\.model",
+}
+
+
+def kind_of(state):
+    """The network whose names a state dict holds, or None."""
+    names = "\n".join(state)
+    found = [kind for kind, sign in SIGNS.items() if re.search(sign, names, re.MULTILINE)]
+    return found[0] if found else None
+
+
+def require(kind, state, path):
+    """UserError where the names are not those of `kind`, one of SIGNS."""
+    if (found := kind_of(state)) != kind:
+        names = f"its names are those of {found}" if found else f"names: {', '.join(state)}"
+        raise UserError(f"{path} is no {kind}: {names[:100]}")
+
+
+def unwrapped(content):
+    """The state dict in a file's content, without the prefixes of DDP and torch.compile."""
+    for _ in range(3):  # one may hold another
+        content = next((content[k] for k in ("ema", "teacher", "state_dict", "model")
+                        if isinstance(content.get(k), dict)), content)
+    return {re.sub(r"(?<![^.])(module|_orig_mod)\.", "", k): v for k, v in content.items()}
+
+
+def load_weights(path, kind):
+    """The state dict of a network, one of SIGNS, in a file. Errors: UserError."""
+    content = load_file(path, kind)
+    with reading(path, kind):
+        state = unwrapped(content)
+        require(kind, state, path)
+    return state
+
+
 def load_lpips(vgg16=None, heads=None):
     """(LPIPS, path of its VGG16), by find_weights. Errors: UserError."""
     vgg16 = find_weights(VGG16_URL, VGG16_SHA256, "--vgg16", vgg16)
     heads = find_weights(HEADS_URL, HEADS_SHA256, "--lpips-heads", heads)
     lpips = LPIPS()
-    state = {k.removeprefix("features."): v for k, v in load_file(vgg16, "VGG16").items()
+    state = {k.removeprefix("features."): v for k, v in load_weights(vgg16, "VGG16").items()
              if k.startswith("features.")}
     load_strictly(lpips.vgg16, state, vgg16)
     state = {k.removeprefix("lin").replace(".model.1", ""): v
-             for k, v in load_file(heads, "LPIPS heads").items()}
+             for k, v in load_weights(heads, "LPIPS heads").items()}
     load_strictly(lpips.heads, state, heads)
     return lpips, vgg16
 
 
-def encoder_state(content):
-    """The DINOv2 state dict in a file: official, or a training checkpoint's teacher. Blocks in
-    chunks (blocks.CHUNK.i) become blocks.i."""
-    if "teacher" in content:
-        content = {k.removeprefix("backbone."): v for k, v in content["teacher"].items()
-                   if k.startswith("backbone.")}
-    return {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in content.items()}
+# the names of DINOv2 in transformers (in files; since version 5 others in memory) and timm -> the
+# official ones; @ and a digit: a part of a tensor
+DINOV2_NAMES = {
+    r"^embeddings\.": "",
+    r"^position_embeddings$": "pos_embed",
+    r"^patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"^reg_token$": "register_tokens",
+    r"^encoder\.layer\.": "blocks.",
+    r"^blocks\.\d+\.(\d+\.)": r"blocks.\1",  # official, in chunks: blocks.CHUNK.i
+    r"^layernorm\.": "norm.",
+    r"\.attention\.(attention\.query|q_proj)\.": ".attn.qkv@0.",
+    r"\.attention\.(attention\.key|k_proj)\.": ".attn.qkv@1.",
+    r"\.attention\.(attention\.value|v_proj)\.": ".attn.qkv@2.",
+    r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
+    r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
+    r"\.mlp\.gate_proj\.": ".mlp.w12@0.",
+    r"\.mlp\.up_proj\.": ".mlp.w12@1.",
+    r"\.mlp\.weights_in\.": ".mlp.w12.",
+    r"\.mlp\.(weights_out|down_proj)\.": ".mlp.w3.",
+}
+
+
+def encoder_state(content, path):
+    """The DINOv2 in a file's content under its official names: official, a training checkpoint's
+    teacher, of transformers, of timm; alone, or in a larger network."""
+    state = unwrapped(content)
+    require("DINOv2", state, path)
+    prefixes = {k.removesuffix("cls_token").removesuffix("embeddings.")
+                for k in state if k.endswith("cls_token")}
+    if len(prefixes) > 1:
+        raise UserError(f"{path} holds more than one ViT: {', '.join(sorted(prefixes))}")
+    prefix = prefixes.pop()
+    parts = {}  # name -> its parts in order
+    for name, tensor in sorted(state.items()):
+        if name.startswith(prefix) and not name.startswith(f"{prefix}head."):
+            name = name.removeprefix(prefix)
+            for theirs, official in DINOV2_NAMES.items():
+                name = re.sub(theirs, official, name)
+            parts.setdefault(re.sub(r"@\d", "", name), {})[name] = tensor
+    if sum(v.nbytes for p in parts.values() for v in p.values()) > os.path.getsize(path):
+        raise ValueError("its tensors are larger than the file")  # before they are joined
+    state = {name: torch.cat([p[k] for k in sorted(p)]) if len(p) > 1 else p.popitem()[1]
+             for name, p in parts.items()}
+    side = state["patch_embed.proj.weight"].shape[-1]
+    if side != DINOv2.patch:
+        raise UserError(f"{path} is no DINOv2: its patches are {side} px wide, not {DINOv2.patch}")
+
+    # timm: the MLP of the giant model goes by the names of the others
+    if "blocks.0.mlp.fc1.weight" in state and (
+            len(state["blocks.0.mlp.fc1.weight"]) == 2 * state["blocks.0.mlp.fc2.weight"].shape[1]):
+        state = {k.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): v
+                 for k, v in state.items()}
+    # timm: with registers the class token holds its own position embedding
+    cls, positions = state["cls_token"], state["pos_embed"]
+    if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+        state["pos_embed"] = torch.cat([torch.zeros_like(cls), positions], dim=1)
+    # timm leaves out what only pretraining reads
+    state.setdefault("mask_token", torch.zeros_like(cls[0]))
+    return state
 
 
 def encoder_arguments(state):
@@ -423,11 +534,10 @@ def load_encoder(spec):
     else:
         raise UserError(f"--encoder {spec}: neither a file nor one of "
                         f"{', '.join(list(ENCODERS)[1:])} (and _reg4)")
-    try:
-        state = encoder_state(load_file(path, "encoder"))
+    content = load_file(path, "encoder")
+    with reading(path, "encoder"):
+        state = encoder_state(content, path)
         found = encoder_arguments(state)
-    except (KeyError, ValueError, IndexError, AttributeError):
-        raise UserError(f"{path} is no DINOv2: cls_token, pos_embed or blocks.* missing") from None
     if arguments is not None and found != {"swiglu": False, "grid": 37} | arguments:
         raise UserError(f"{path} is not a {name}: found {found}")
     return build(DINOv2, found, state, path), found
@@ -452,7 +562,9 @@ def load_tokenizer(path, *systems, content=None):
         for system in systems:
             if found := system.in_checkpoint(content):
                 return build(system, *found, path).eval()
-    raise UserError(f"{path} is not a tokenizer's checkpoint (such as runs/tokenizer/stage3.pt)")
+        kind = kind_of(unwrapped(content))
+    raise UserError(f"{path} is not a tokenizer's checkpoint (such as runs/tokenizer/stage3.pt)"
+                    + (f": its names are those of {kind}" if kind else ""))
 
 
 def require_statistics(tokenizer, path):

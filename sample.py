@@ -40,8 +40,10 @@ from files import (
     print_0,
     ranges,
     reading,
+    require,
     require_statistics,
     sha256,
+    unwrapped,
     write_atomically,
 )
 from model import LightningDiT
@@ -149,10 +151,11 @@ def load_dit(path):
     """(LightningDiT with the EMA weights, content of the file), of a checkpoint of train_dit.py or
     an official one. Raises UserError."""
     content = load_file(path, "generator")
-    state = content.get("ema")
-    if not isinstance(state, dict) or "x_embedder.proj.weight" not in state:
-        raise UserError(f'{path} is no checkpoint of a LightningDiT: no weights under "ema"')
     with reading(path, "checkpoint of a LightningDiT"):
+        state = unwrapped(content)
+        require("LightningDiT", state, path)
+        if "ema" not in content:
+            print_0(f"NOTE: {path} names no EMA: its weights are taken as they are")
         arguments = content.get("arguments") or dit_arguments(state)
         return build(LightningDiT, arguments, state, path).eval(), content
 

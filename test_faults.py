@@ -215,13 +215,22 @@ def test_hostile_checkpoints():
                 sample.load_dit(d / "wrong.pt")
 
         state = tokenizer.encoder.state_dict()
-        for wrong in ({"teacher": [1]},
-                      state | {"blocks.999999999.norm1.weight": torch.zeros(64)},
-                      state | {"cls_token": 1},
-                      state | {"pos_embed": torch.zeros(1).expand(1, 2 ** 40, 64)}):
+        views = {f"blocks.0.attention.{x}_proj.weight": torch.zeros(1).expand(2 ** 20, 2 ** 20)
+                 for x in "qkv"}  # 12 TB, if they were joined
+        endless = {}
+        endless["model"] = endless
+        for word, wrong in {
+                "is no DINOv2": {"teacher": [1]}, "names: model": endless,
+                "argument depth": state | {"blocks.999999999.norm1.weight": torch.zeros(64)},
+                "AttributeError": state | {"cls_token": 1},
+                "than the file": state | {"pos_embed": torch.zeros(1).expand(1, 2 ** 40, 64)},
+                "larger than the file": state | views}.items():
             torch.save(wrong, d / "wrong.pt")
-            with refused("wrong.pt"):
+            with refused("wrong.pt", word):
                 files.load_encoder(str(d / "wrong.pt"))
+        torch.jit.save(torch.jit.trace(torch.nn.ReLU(), torch.zeros(1)), d / "wrong.pt")
+        with refused("wrong.pt", "TorchScript", "never run"):
+            files.load_encoder(str(d / "wrong.pt"))
 
 
 def slow_hostile_stage_files(most=None):
@@ -266,8 +275,10 @@ def test_damaged_npz():
     with folder() as d:
         path = d / "a.npz"
         for save in (np.savez, np.savez_compressed):
-            save(path, arr_0=images, mu=np.arange(4.0), sigma=np.eye(4), n=7)
+            sigma = np.arange(16.0).reshape(4, 4).T  # in Fortran's order
+            save(path, arr_0=images, mu=np.arange(4.0), sigma=sigma, n=7)
             good, content = read_npz(path), path.read_bytes()
+            assert good[0]["sigma"] == sigma.tolist()
             found = np.concatenate(good[2]).transpose(0, 2, 3, 1)
             assert good[1] == 6 and good[0]["n"] == 7 and np.array_equal(found, images)
             with zipfile.ZipFile(path) as z:

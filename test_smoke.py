@@ -13,8 +13,10 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -210,6 +212,10 @@ def random_weights(net, seed=0, scale=0.2):
             if p.requires_grad:
                 p.add_(scale * torch.randn(p.shape, generator=g))
     return net.eval()
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def parameters(net):
@@ -742,8 +748,8 @@ def test_lpips():
             torch.nn.init.normal_(conv.bias, std=0.1)
     heads = [torch.rand(1, c, 1, 1) for c in (64, 128, 256, 512, 512)]
     paths = TMP / "vgg.pth", TMP / "heads.pth"
-    torch.save({f"features.{k}": v for k, v in vgg.state_dict().items()}, paths[0])
-    torch.save({f"lin{i}.model.1.weight": v for i, v in enumerate(heads)}, paths[1])
+    torch.save({"state_dict": prefixed("module.features.", vgg.state_dict())}, paths[0])
+    torch.save({"model": {f"lin{i}.model.1.weight": v for i, v in enumerate(heads)}}, paths[1])
     lpips, path = files.load_lpips(*paths)
     assert path == paths[0]
 
@@ -1039,7 +1045,7 @@ def test_vae():
     path = TMP / "official.pt"
     state = {k: v for k, v in vae.state_dict().items() if not k.startswith("latent_")}
     state |= {f"{k}.weight": torch.zeros(1) for k in ("loss.d", "foundation_model.x")}
-    for content in ({"state_dict": state}, state):
+    for content in ({"state_dict": state}, prefixed("module.", state), {"model": state}, state):
         save_checkpoint(path, content)
         again = load_tokenizer(path, VAE).requires_grad_(False)
         assert torch.equal(again.encode(x), mean) and torch.equal(again.decode(z), vae.decode(z))
@@ -1078,11 +1084,15 @@ def test_baseline_losses():
 def test_encoder_files():
     """DINOv2's sizes follow from its file: plain, in half precision, a teacher's, in chunks."""
     state = random_weights(DINOv2(dim=128, depth=3, grid=4, registers=4)).state_dict()
-    teacher = {f"backbone.{k}": v for k, v in state.items()} | {"dino_head.w": torch.zeros(1)}
+    teacher = prefixed("backbone.", state) | {"dino_head.w": torch.zeros(1)}
     chunked = {k.replace("blocks.", f"blocks.{int(k[7]) // 2}.") if "blocks." in k else k: v
                for k, v in state.items()}
     path = str(TMP / "e.pth")
+    deeper = {"epoch": 3, "model": {"state_dict": prefixed("module._orig_mod.encoder.", state)}}
     for name, content in {"plain": state, "half": {k: v.half() for k, v in state.items()},
+                          "DDP": {"state_dict": prefixed("module.", state)}, "deeper": deeper,
+                          "compiled": {"model": prefixed("_orig_mod.", state)},
+                          "with a head": state | {"head.weight": torch.zeros(1)},
                           "teacher": {"teacher": teacher}, "chunked": chunked}.items():
         torch.save(content, path)
         loaded, arguments = load_encoder(path)
@@ -1090,9 +1100,110 @@ def test_encoder_files():
         assert name == "half" or same(loaded.state_dict(), state) is None, name
     torch.save({k: v for k, v in state.items() if k != "blocks.1.ls1.gamma"}, path)
     assert "blocks.1.ls1.gamma" in error_of(load_encoder, path)
-    torch.save({"a": torch.zeros(1)}, path)
-    assert "no DINOv2" in error_of(load_encoder, path)
+    two = {"state_dict": prefixed("student.", state) | prefixed("teacher.", state)}
+    wide = state | {"patch_embed.proj.weight": torch.zeros(128, 3, 16, 16)}
+    for word, content in {"student., teacher.": two, "16 px": wide}.items():
+        torch.save(content, path)
+        assert word in error_of(load_encoder, path)
     assert "neither a file nor" in error_of(load_encoder, "vitx14")
+
+
+# DINOv2's official names -> those of transformers' files; those that it has in memory since its
+# version 5, which torch.save of a state dict writes; timm's. Several: equal parts of the tensor.
+TRANSFORMERS = {
+    "cls_token": "embeddings.cls_token", "mask_token": "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings", "register_": "embeddings.register_",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks.": "encoder.layer.",
+    "attn.qkv": "attention.attention.query|attention.attention.key|attention.attention.value",
+    "attn.proj": "attention.output.dense", "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1", "mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out",
+    "norm.": "layernorm."}
+TRANSFORMERS_5 = TRANSFORMERS | {
+    "attn.qkv": "attention.q_proj|attention.k_proj|attention.v_proj",
+    "attn.proj": "attention.o_proj", "mlp.w12": "mlp.gate_proj|mlp.up_proj",
+    "mlp.w3": "mlp.down_proj"}
+TIMM = {"register_tokens": "reg_token", "mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
+
+
+def renamed(state, table):
+    """A state dict under other names, as `table` says."""
+    out = {}
+    for name, tensor in state.items():
+        names = [name]
+        for ours, theirs in table.items():
+            names = [n.replace(ours, t) for t in theirs.split("|") for n in names]
+        names = list(dict.fromkeys(names))
+        out |= zip(names, tensor.chunk(len(names)))
+    return out
+
+
+def test_encoders_of_other_libraries():
+    """A file of transformers or timm, whatever it is wrapped in, has the features of the official
+    one; safetensors are read by their package, which is asked for by name."""
+    x, path = torch.randn(2, 3, 42, 70), str(TMP / "other.pt")
+    for sizes in ({}, {"registers": 4}, {"swiglu": True}, {"swiglu": True, "registers": 4}):
+        net = random_weights(DINOv2(dim=128, depth=2, grid=5, **sizes))
+        state = net.state_dict()
+        timm = {k: v for k, v in state.items() if k != "mask_token"}
+        if net.registers:  # the class token holds its position
+            first, rest = state["pos_embed"].split([1, 25], dim=1)
+            timm |= {"cls_token": state["cls_token"] + first, "pos_embed": rest}
+        old, new, timm = renamed(state, TRANSFORMERS), renamed(state, TRANSFORMERS_5), renamed(
+            timm, TIMM)
+        with torch.no_grad():
+            expected = torch.cat([t.flatten() for t in net(x)])
+            for content in (old, new, timm, {"state_dict": prefixed("module.", timm)},
+                            prefixed("dinov2.", old) | {"classifier.weight": torch.zeros(2, 256)},
+                            {"teacher": prefixed("backbone.", new)}):
+                torch.save(content, path)
+                loaded, arguments = load_encoder(path)
+                assert arguments == {"dim": 128, "depth": 2, "swiglu": False, "registers": 0,
+                                     "grid": 5} | sizes
+                features = torch.cat([t.flatten() for t in loaded.eval()(x)])
+                assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
+    torch.save({k: v for k, v in new.items() if ".1.attention.v_proj" not in k}, path)
+    assert "blocks.1.attn.qkv.weight" in error_of(load_encoder, path)
+
+    size = sum(v.nbytes for v in timm.values())
+    Path(path).write_bytes(struct.pack("<Q", 2) + b"{}" + bytes(2 * size))  # a header shows
+    package = SimpleNamespace(load_file=lambda file: {str(path): timm}[str(file)])
+    with patch.dict(sys.modules, {"safetensors": SimpleNamespace(), "safetensors.torch": package}):
+        loaded, _ = load_encoder(path)
+    assert torch.equal(loaded.state_dict()["norm.weight"], state["norm.weight"])
+    with (patch.dict(sys.modules, {"safetensors": None}),
+          refused("other.pt", "pip install safetensors")):
+        load_encoder(path)
+
+
+def test_weights_of_other_networks():
+    """They are named for what they are."""
+    path = TMP / "other.pt"
+    vit = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"]
+    for kind, names in {
+            "AlignTok": ["tokenizer", "arguments"],
+            "an autoencoder of LDM": ["encoder.conv_in.weight", "foundation_model.cls_token", "loss.logvar"],
+            "LightningDiT": ["module.x_embedder.proj.weight", "pos_embed"],
+            "DINOv3": ["cls_token", "storage_tokens", "blocks.0.ls1.gamma"],
+            "DINOv3 (transformers)": ["embeddings.cls_token", "layer.0.layer_scale1.lambda1"],
+            "CLIP": ["visual.layer1.0.conv1.weight", "transformer.resblocks.0.ln_1.weight"],
+            "CLIP (transformers)": ["vision_model.embeddings.class_embedding"],
+            "CLIP (timm)": [*vit, "norm_pre.weight"],
+            "SigLIP": ["vision_model.head.probe", "vision_model.encoder.layers.0.mlp.fc1.bias"],
+            "MAE": [*vit, "decoder_pos_embed"],
+            "another ViT": vit,
+            "a ResNet": ["conv1.weight", "layer1.0.conv1.weight"]}.items():
+        torch.save({"state_dict": dict.fromkeys(names, torch.zeros(1))}, path)
+        if kind == "AlignTok":
+            torch.save({name: {} for name in names}, path)
+        assert "no DINOv2: its names are those of " + kind.split(" (")[0] in error_of(
+            load_encoder, str(path))
+    torch.save({"fc.weight": torch.zeros(1)}, path)
+    assert "no DINOv2: names: fc.weight" in error_of(load_encoder, str(path))
+    torch.save(renamed(small_tokenizer().encoder.state_dict(), TRANSFORMERS), path)
+    assert "DINOv2" in error_of(load_tokenizer, path, VAE)
+    assert "no Inception" in error_of(fid.load_inception, path)
+    assert "no LightningDiT: its names are those of DINOv2" in error_of(sample.load_dit, path)
+    assert "no VGG16" in error_of(files.load_lpips, path, path)
 
 
 def test_fingerprint():
@@ -2183,17 +2294,20 @@ def test_official_dit():
     dit = random_weights(small_dit(qk_norm=True, patch=2, grid=[4, 4]))
     state, path = dit.state_dict(), TMP / "dit.pt"
     z, y = torch.randn(2, 4, 4, 4), torch.tensor([1, 2])
-    torch.save({"ema": state, "model": {}}, path)
-    loaded, content = sample.load_dit(path)
-    assert "recipe" not in content and loaded.arguments == dit.arguments
+    other = prefixed("module.", {k: v + 1 for k, v in state.items()})
+    for content in (state, {"model": prefixed("_orig_mod.module.", state)},
+                    {"model": other, "ema": state}):
+        torch.save(content, path)
+        loaded, content = sample.load_dit(path)
+        assert "recipe" not in content and loaded.arguments == dit.arguments
+        assert same(loaded.state_dict(), state) is None
     with torch.no_grad():
         v = sample.Velocity(loaded, y, time="lightning")(z, 0.3)
         assert torch.equal(v, -dit(z, torch.tensor([0.7, 0.7]), y))
     del state["blocks.1.attn.k_norm.weight"]
-    for content, word in (({"ema": state}, "k_norm"), ({"model": state}, "ema")):
-        torch.save(content, path)
-        with refused("dit.pt", word):
-            sample.load_dit(path)
+    torch.save({"ema": state}, path)
+    with refused("dit.pt", "k_norm"):
+        sample.load_dit(path)
 
 
 def plain_samples(dit, tokenizer, n=5, seed=0, steps=2, shift=1.0, heun=False, cfg=3.0,
@@ -2397,6 +2511,13 @@ def test_precision_recall_by_hand():
     assert fid.precision_recall(ref, samples, k=1) == (0.5, 0.25)
     assert fid.precision_recall(ref, ref, k=3) == (1.0, 1.0)
     assert fid.precision_recall(ref, ref + 100, k=3) == (0.0, 0.0)
+    x = torch.randn(100, 200, generator=torch.Generator().manual_seed(0)).abs()
+    x[:30] = x[0]  # more than k equal images: their balls have radius 0
+    rounding = 1 + 1e-7 * torch.randn(100, 200, generator=torch.Generator().manual_seed(1))
+    for again in (x, x.flip(0), torch.cat([x, x[:50]]), x * rounding):
+        assert fid.precision_recall(x, again) == fid.precision_recall(again, x) == (1.0, 1.0)
+    ones = torch.ones(5, 1)
+    assert fid.precision_recall(ones, ones + 1e-4) == (0.0, 0.0)  # near, and not equal
 
 
 def test_kid_by_hand():
@@ -2745,12 +2866,31 @@ def test_fid_commands():
         execute(fid, a, "--save-stats", ref, *dinov2, "--workers", 0)
         with np.load(ref) as f:  # both in one file, as ADM's reference batches
             np.savez(d / "both.npz", arr_0=images[:8], mu=f["mu"], sigma=f["sigma"])
+        np.savez(d / "few.npz", arr_0=images[:8])
         for name, metrics in (("images", by_folder), ("ref", ["FD-DINOv2"]), ("both", by_folder)):
             found = figures(d / f"{name}.npz", b, *dinov2)
             assert set(found) == set(metrics), name
             close(found["FD-DINOv2"], by_folder["FD-DINOv2"], 1e-6)
 
+        # statistics in either order in memory
+        mu, sigma = np.zeros(192), np.diag(np.arange(1.0, 193))
+        sigma[3, 5] = sigma[5, 3] = 2
+        for name, change in {"C": sigma, "F": np.asfortranarray(sigma), "nan": sigma * np.nan,
+                             "skew": sigma + np.eye(192, k=7)}.items():
+            np.savez(d / f"{name}.npz", mu=mu, sigma=change)
+        c, f = (figures(d / f"{name}.npz", b, *dinov2)["FD-DINOv2"] for name in "CF")
+        assert c == f
+        with patch("builtins.print") as said:  # reference and samples exchanged
+            figures(a, d / "C.npz", *dinov2)
+            execute(fid, d / "few.npz", b, *dinov2, "--metrics", "fid", "--workers", 0)
+        told = [text for text in map(str, said.call_args_list) if "exchanged?" in text]
+        assert sum("C.npz holds statistics" in text for text in told) == 2  # before, and after
+        assert sum("few.npz is 8 images" in text for text in told) == 2
+
         np.savez(d / "keys.npz", other=np.zeros(3))
+        np.save(d / "images.npy", images)
+        (d / "stylegan.pkl").write_bytes(pickle.dumps({"raw_mean": mu}))
+        np.savez(d / "order.npz", arr_0=np.asfortranarray(images))
         np.savez(d / "dims.npz", mu=np.zeros(10), sigma=np.eye(10))
         np.savez(d / "pickle.npz", arr_0=np.array([{}], dtype=object))
         (d / "none").mkdir(), (d / "one").mkdir()
@@ -2763,12 +2903,19 @@ def test_fid_commands():
                 ("no images",): [d / "none", b],
                 ("not found",): [d / "missing", b],
                 ("one image",): [d / "one", b],
-                ("neither images (arr_0) nor statistics",): [d / "keys.npz", b],
+                ("other", "neither images (arr_0) nor statistics"): [d / "keys.npz", b],
+                ("an .npy file", "arr_0="): [d / "images.npy", b],
+                ("a pickle", "docs/evaluation.md"): [a, d / "stylegan.pkl"],
+                ("is PyTorch's", "docs/evaluation.md"): [encoder, b],
+                ("C order", "in F order"): [d / "order.npz", b],
+                ("NaN",): [d / "nan.npz", b, *dinov2],
+                ("not symmetric",): [d / "skew.npz", b, *dinov2],
+                ("both.npz holds statistics", "exchanged?"): [a, d / "both.npz", *dinov2],
                 ("(10,)",): [d / "dims.npz", b, *dinov2, "--metrics", "fid"],
                 ("--metrics kid",): [d / "dims.npz", b, *dinov2, "--metrics", "kid"],
                 ("object",): [d / "pickle.npz", b],
                 ("pretrained.pth",): [a, b, "--inception", d / "pretrained.pth"],
-                ("does not fit Inception",): [a, b, "--inception", encoder],
+                ("no Inception", "DINOv2"): [a, b, "--inception", encoder],
                 ("--metrics nonsense",): [a, b, "--metrics", "nonsense"],
                 ("two paths",): [a],
                 ("was saved with weights",): [ref, b, *dinov2[:3], "random:tiny14"],
