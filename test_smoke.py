@@ -801,9 +801,9 @@ def test_vae():
     s = SimpleNamespace(tokenizer=vae, ddp_tokenizer=vae, reference=reference)
     args = SimpleNamespace(w_kl=0.5, w_vf=0.1, vf_margins=(0.5, 0.25))
     recon, terms = baselines.objective(s, args, x, noise)
-    vf = baselines.vf_loss(z_proj, reference.features(x), 0.5, 0.25)
+    vf = losses.vf_loss(z_proj, reference.features(x), 0.5, 0.25)
     # a sum over an image's values beside a mean; L_rec's gradient is taken at the encoder's end
-    expected = {"kl": (0.5 / (3 * 32 * 48), baselines.kl_divergence(moments)),
+    expected = {"kl": (0.5 / (3 * 32 * 48), losses.kl_divergence(moments)),
                 "vf": (0.1, vf, vae.encoder.conv_out.weight, 1e8)}
     assert same(terms, expected) is None
 
@@ -827,13 +827,13 @@ def test_baseline_losses():
     """KL of two dimensions (a log-variance is clamped to 20), and the VF loss of two tokens."""
     moments = torch.tensor([1.0, -2.0, math.log(4), 99.0]).view(1, 4, 1, 1)
     expected = 0.5 * (1 + 4 - 1 - math.log(4)) + 0.5 * (4 + math.exp(20) - 1 - 20)
-    assert math.isclose(baselines.kl_divergence(moments).item(), expected, rel_tol=1e-6)
+    assert math.isclose(losses.kl_divergence(moments).item(), expected, rel_tol=1e-6)
     z = torch.tensor([[3.0, 3.0], [0.0, 0.0]]).view(1, 2, 1, 2)  # the tokens (3, 0) and (3, 0)
     f = torch.tensor([[[2.0, 0.0], [0.0, 5.0]]])
     # cosines 1 and 0: relu(.5 - cos) has the mean .25; S(z') is 1 everywhere, S(F) 0 off the
     # diagonal: .75 / 2
-    assert math.isclose(baselines.vf_loss(z, f).item(), 0.25 + 0.375, rel_tol=1e-6)
-    assert math.isclose(baselines.vf_loss(z, f, 0, 0).item(), 0.5 + 0.5, rel_tol=1e-6)
+    assert math.isclose(losses.vf_loss(z, f).item(), 0.25 + 0.375, rel_tol=1e-6)
+    assert math.isclose(losses.vf_loss(z, f, 0, 0).item(), 0.5 + 0.5, rel_tol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------- files.py
@@ -1086,7 +1086,7 @@ def test_training_step_against_autograd():
     z = mean + (logvar / 2).exp() * noise
     l1 = (x - vae.decode(z)).abs().mean()
     kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-    vf = baselines.vf_loss(vae.linear_proj(z), foundation.features(x), 0.1, 0.2)
+    vf = losses.vf_loss(vae.linear_proj(z), foundation.features(x), 0.1, 0.2)
     w_vf = 0.7 * weight(l1, vf, vae.encoder.conv_out.weight)
     check(vae, l1 + 0.5 / (3 * 64 * 64) * kl + w_vf * vf, "VA-VAE")
 
@@ -1720,9 +1720,9 @@ def test_psnr_ssim():
     assert torch.allclose(fid.psnr(x, x + 0.2), torch.tensor(20.0).double(), atol=1e-5)
     a, b = 0.5, 0.7  # in [0, 1]
     expected = torch.tensor((2 * a * b + 1e-4) / (a * a + b * b + 1e-4)).double()
-    assert torch.allclose(fid.ssim(x, x + 0.4), expected, atol=1e-6)
+    assert torch.allclose(losses.ssim(x, x + 0.4), expected, atol=1e-6)
     noise = torch.rand(1, 3, 12, 12) * 2 - 1
-    assert abs(fid.ssim(noise, noise).item() - 1) < 1e-12 and fid.ssim(noise, -noise).item() < 0
+    assert abs(losses.ssim(noise, noise).item() - 1) < 1e-12 and losses.ssim(noise, -noise).item() < 0
 
 
 def test_linear_probe():
