@@ -44,15 +44,16 @@ def hinge_d(real, fake):
 
 
 # w_g = --w-g * |grad L_rec| / (|grad L_GAN| + 1e-4), the gradients at the decoder's last layer
-def adaptive_weight(rec, other, last_layer, limit=1e4):
+def adaptive_weight(rec, other, last_layer, limit=1e4, beside=0):
     """|grad rec| / (|grad other| + 1e-4) at a last layer, clamped to [0, limit], detached.
     With this weight the other loss pulls at that layer as strongly as the reconstruction loss does.
-    L_GAN is weighed at the decoder's last layer, VA-VAE's VF loss at the encoder's.
+    L_GAN is weighed at the decoder's last layer, VA-VAE's VF loss at the encoder's. beside: what
+    else counts as reconstruction.
 
     Under DDP the gradients are averaged over the ranks before the norms are taken (a mean of norms
     is another number), so every rank gets the same weight."""
     grads = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
-                         for loss in (rec, other)])
+                         for loss in (rec + beside, other)])
     rec_norm, other_norm = average_over_ranks(grads.float()).flatten(1).norm(dim=1)
     return (rec_norm / (other_norm + 1e-4)).clamp(0, limit)
 

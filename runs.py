@@ -116,11 +116,11 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def checkpoint_activations(model):
+def checkpoint_activations(model, *more):
     """--checkpointing: each block keeps only its input and computes the rest again in the backward
-    pass: less memory, the same gradients, slower."""
+    pass: less memory, the same gradients, slower. more: classes that are blocks, too."""
     for block in model.modules():
-        if isinstance(block, (Block, ResnetBlock, DiTBlock)):
+        if isinstance(block, (Block, ResnetBlock, DiTBlock, *more)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
