@@ -1169,6 +1169,7 @@ def test_vfm_vae_discriminator():
             {"mainhea", "patchsc"} if stage and yes else {"mainhea"} if yes else set())
     scales = d(x)[1]
     assert [s[0].shape[2] for s in scales] == [17, 9, 5] and len(scales[0]) == 5
+    assert torch.allclose(scales[0][0], F.leaky_relu(d.patch.scale2_layer0[0](x), 0.2))
     half = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
     assert torch.allclose(scales[1][0], F.leaky_relu(d.patch.scale1_layer0[0](half), 0.2))
     ones = [[torch.zeros(1), torch.ones(2)], [torch.ones(3), torch.tensor([2.0, 4.0])]]
@@ -1183,22 +1184,27 @@ def test_vfm_vae_discriminator():
     cut = vfm_vae.cutout(x + 1, torch.tensor([10]), torch.tensor([0]))
     assert (cut == 0).all(1).sum() == 8 * 3 and not cut[..., 6:14, :3].any()
     same_image = torch.rand(1, 3, 40, 32).expand(3, -1, -1, -1)
-    a, b, _ = vfm_vae.diffaug(same_image)
-    assert not torch.allclose(a, b, atol=0.01)
+    changes = {"colour": ("brightness", "saturation", "contrast"), "place": ("translation",),
+               "hole": ("cutout",)}
+    for name, kept in changes.items():
+        off = {op: lambda x, *_: x for op in chain(*changes.values()) if op not in kept}
+        with patch.multiple(vfm_vae, **off):
+            a, b, _ = vfm_vae.diffaug(same_image)
+        assert not torch.allclose(a, b, atol=0.01), name
 
 
 def test_vfm_vae_objective():
     """The terms of each stage and their weights; G's gradients come from its own terms, D's from
     its loss; what the lower images, VF's weight and the last stage do."""
-    tok, d = small_vfm(), vfm_vae.Discriminators(losses.PatchGAN(4), ch=4)
-    s = SimpleNamespace(tokenizer=tok, ddp_tokenizer=tok, discriminator=d, ddp_discriminator=d,
-                        step=0, steps=100)
+    tok, s = small_vfm(), SimpleNamespace(step=0, steps=100)
+    s.tokenizer = s.ddp_tokenizer = tok
     x, noise, target = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 8, 4, 4), None
     always = {"multires", "g_loss", "d_loss", "d_real", "d_fake"}
     terms_of = {"strong": {"kl", "vf"}, "weak": {"kl", "vf"}, "ssim": {"ssim"},
                 "patchgan": {"patchgan", "matching"}}
     for s.stage, own in terms_of.items():
-        d.last_stage = s.stage == "patchgan"
+        d = vfm_vae.Discriminators(losses.PatchGAN(4), 4, last_stage=s.stage == "patchgan")
+        s.discriminator = s.ddp_discriminator = d
         with patch.object(vfm_vae, "draw_transform", return_value=vfm_vae.Transform(1.0, 1)):
             target, recon, terms = vfm_vae.objective(s, None, x, noise)
         assert terms.keys() == always | own
@@ -1220,14 +1226,14 @@ def test_vfm_vae_objective():
     s.step = 24
     with patch.object(vfm_vae, "draw_transform", return_value=vfm_vae.Transform()):
         x, recon, terms = vfm_vae.objective(s, None, x, noise)
-    recon, lower, _, z_proj, last = tok(x, noise)
+    _, lower, _, z_proj, last = tok(x, noise)
     multires = sum((F.interpolate(x, y.shape[2:], mode="bilinear", antialias=True) - y).abs().mean()
                    for y in lower)
     close(terms["multires"][1].item(), multires.item(), 1e-5)
     close(terms["vf"][1].item(), losses.vf_loss(z_proj, last, 0, 0).item(), 1e-5)
     rec, layer = (x - recon).abs().mean(), tok.ldm_adapter.final_quant.blocks[0].mlp.w2.weight
     norms = [torch.autograd.grad(f, layer, retain_graph=True)[0].norm()
-             for f in (rec + 0.1 * multires, terms["vf"][1])]
+             for f in (rec + 0.1 * terms["multires"][1], terms["vf"][1])]
     found = losses.adaptive_weight(rec, *terms["vf"][1:])
     close(found.item(), (norms[0] / (norms[1] + 1e-4)).item(), 1e-4)
     for stage, parts in (("strong", 3), ("weak", 3), ("ssim", 3), ("patchgan", 3)):

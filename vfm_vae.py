@@ -948,12 +948,12 @@ class MultiScalePatchGAN(nn.Module):
 
 class Discriminators(nn.Module):
     """Both, so that one optimiser and one DDP hold them. main: a network (B, 3, H, W) -> logits;
-    the PatchGAN trains, and runs, in the last stage only."""
+    the PatchGAN, of width ch, trains, and runs, in the last stage only."""
 
-    def __init__(self, main, ch=64):
+    def __init__(self, main, ch=64, last_stage=False):
         super().__init__()
-        self.main, self.patch, self.last_stage = main, MultiScalePatchGAN(ch), False
-        self.patch.requires_grad_(False)
+        self.main, self.patch, self.last_stage = main, MultiScalePatchGAN(ch), last_stage
+        self.requires_grad_(True)
 
     def requires_grad_(self, requires_grad=True):
         self.main.requires_grad_(requires_grad)
