@@ -125,4 +125,4 @@ def objective(s, args, x, noise):
             tokens = s.reference.features(x)  # F (B, N, D)
         vf = vf_loss(z_proj, tokens, *args.vf_margins)
         terms["vf"] = (args.w_vf, vf, s.tokenizer.encoder.conv_out.weight, 1e8)
-    return recon, terms
+    return x, recon, terms

@@ -64,6 +64,7 @@ from losses import ssim
 from model import DINOv2
 from runs import Parser, count, index, launch, setup_ranks
 from toy import Shapes
+from vfm_vae import VFMVAE
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -758,7 +759,7 @@ def open_tokenizer(path, size, device):
     """(tokenizer in eval mode, image side: `size`, else that of its training)."""
     content = load_file(path, "tokenizer")
     with reading(path, "tokenizer"):
-        tokenizer = load_tokenizer(path, VAE, content=content)
+        tokenizer = load_tokenizer(path, VAE, VFMVAE, content=content)
         size = size or operator.index(content.get("recipe", {}).get("size", 256))
     if size < 1 or size % tokenizer.factor:
         raise UserError(f"--size must be divisible by {tokenizer.factor}, not {size}")

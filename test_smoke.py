@@ -802,7 +802,7 @@ def test_vae():
     reference = small_tokenizer().encoder
     s = SimpleNamespace(tokenizer=vae, ddp_tokenizer=vae, reference=reference)
     args = SimpleNamespace(w_kl=0.5, w_vf=0.1, vf_margins=(0.5, 0.25))
-    recon, terms = baselines.objective(s, args, x, noise)
+    _, recon, terms = baselines.objective(s, args, x, noise)
     vf = losses.vf_loss(z_proj, reference.features(x), 0.5, 0.25)
     # a sum over an image's values beside a mean; L_rec's gradient is taken at the encoder's end
     expected = {"kl": (0.5 / (3 * 32 * 48), losses.kl_divergence(moments)),
@@ -877,8 +877,10 @@ def small_vfm(scale=2, foundation=None, **changed):
 def test_vfm_vae_sizes():
     """The parts' parameters and the official keys, at the released size."""
     with torch.device("meta"):
-        tok = vfm_vae.VFMVAE({"siglip": vfm_vae.SIGLIPS["siglip2-l16-512"]},
-                             **vfm_vae.VFM_VAES["paper"])
+        siglip = vfm_vae.SIGLIPS["siglip2-l16-512"]
+        sizes = vfm_vae.reading_sizes("paper", vfm_vae.SigLIP(**siglip))
+        assert (sizes["layers"], sizes["scale"]) == ((0, 12, -1), 2)
+        tok = vfm_vae.VFMVAE({"siglip": siglip}, **sizes)
         d, vit = vfm_vae.MultiScalePatchGAN(), vfm_vae.ViT()
     adapter, synthesis = tok.ldm_adapter, tok.synthesis
     assert parameters(tok.vfm_encoder) == 316_742_656

@@ -832,9 +832,18 @@ class SNConv1d(nn.Module):
         return F.conv1d(F.pad(x, (reach, reach), mode="circular"), weight, self.bias)
 
 
+def local_groups(B):
+    """How many groups of at most 8 images a batch of B makes. ValueError where they differ."""
+    groups = math.ceil(B / 8)
+    if B % groups:
+        raise ValueError(f"a batch of {B} does not split into {groups} equal groups of at most 8 "
+                         "images, which the discriminator's local batch norm takes")
+    return groups
+
+
 class BatchNormLocal(nn.Module):
     """BatchNorm over groups of at most 8 images, without running statistics: whatever the batch, D
-    sees the statistics of 8. In evaluation too. (B, C, ...); ValueError where B does not split."""
+    sees the statistics of 8. In evaluation too. (B, C, ...); ValueError: see local_groups."""
 
     def __init__(self, c):
         super().__init__()
@@ -843,10 +852,7 @@ class BatchNormLocal(nn.Module):
 
     def forward(self, x):
         B, C = x.shape[:2]
-        groups = math.ceil(B / 8)
-        if B % groups:
-            raise ValueError(f"a batch of {B} does not split into {groups} equal groups of at most "
-                             "8 images, which the discriminator's local batch norm takes")
+        groups = local_groups(B)
         y = x.float().reshape(groups, B // groups, C, -1)
         var, mean = torch.var_mean(y, dim=(1, 3), keepdim=True, correction=0)
         y = (y - mean) * (var + 1e-5).rsqrt() * self.weight.view(-1, 1) + self.bias.view(-1, 1)
@@ -1019,22 +1025,28 @@ def transformed(x, transform, mode):
 
 # ---- the objective (A.7)
 
-# What trains, learning rate, images seen in the stage, and the weights of the losses. VF's is times
-# the adaptive weight; multires holds for the first quarter of the stage; the PatchGAN brings
-# 10 times feature matching. The released code counts the stages from 0.
-ALL, DECODER = ("ldm_adapter", "mapping", "synthesis"), (
-    "ldm_adapter.post_quant", "mapping", "synthesis")
+# What trains, learning rate, images seen in the stage, and the weights of the losses (WEIGHTS).
+# VF's is times the adaptive weight; multires holds for the first quarter of the stage; the PatchGAN
+# brings 10 times feature matching. The released code counts the stages from 0.
+WEIGHTS = ("l1", "lpips", "ssim", "multires", "vf", "kl", "gan", "patchgan")
+ALL = ("ldm_adapter", "mapping", "synthesis")
+DECODER = ("ldm_adapter.post_quant", "mapping", "synthesis")
 SECOND_HALF = tuple(f"synthesis.blocks.{i}" for i in (3, 4, 5))  # a choice, see above
 STAGES = {
-    "strong": {"trains": ALL, "lr": 1e-4, "images": 20e6, "l1": 1, "lpips": 10, "ssim": 0,
-               "multires": 0.1, "vf": 5, "kl": 1e-6, "gan": 1, "patchgan": 0, "equivariance": True},
-    "weak": {"trains": ALL, "lr": 1e-4, "images": 20e6, "l1": 1, "lpips": 10, "ssim": 0,
-             "multires": 0, "vf": 1, "kl": 1e-6, "gan": 1, "patchgan": 0, "equivariance": True},
-    "ssim": {"trains": DECODER, "lr": 5e-5, "images": 1e6, "l1": 1, "lpips": 2, "ssim": 1,
-             "multires": 0, "vf": 0, "kl": 0, "gan": 1, "patchgan": 0, "equivariance": True},
-    "patchgan": {"trains": SECOND_HALF, "lr": 5e-5, "images": 3e6, "l1": 0, "lpips": 0, "ssim": 0,
-                 "multires": 0, "vf": 0, "kl": 0, "gan": 1, "patchgan": 1, "equivariance": False},
+    "strong": {"trains": ALL, "lr": 1e-4, "images": 20e6, "equivariance": True}
+    | dict(zip(WEIGHTS, (1, 10, 0, 0.1, 5, 1e-6, 1, 0))),
+    "weak": {"trains": ALL, "lr": 1e-4, "images": 20e6, "equivariance": True}
+    | dict(zip(WEIGHTS, (1, 10, 0, 0, 1, 1e-6, 1, 0))),
+    "ssim": {"trains": DECODER, "lr": 5e-5, "images": 1e6, "equivariance": True}
+    | dict(zip(WEIGHTS, (1, 2, 1, 0, 0, 0, 1, 0))),
+    "patchgan": {"trains": SECOND_HALF, "lr": 5e-5, "images": 3e6, "equivariance": False}
+    | dict(zip(WEIGHTS, (0, 0, 0, 0, 0, 0, 1, 1))),
 }
+
+
+def ema_decay(images, batch):
+    """The EMA's decay after so many images: a half-life of a twentieth of them, at most 160,000."""
+    return 0.5 ** (batch / min(160_000, 0.05 * images))
 
 
 def multi_resolution(target, lower, mode):
@@ -1094,17 +1106,28 @@ def objective(s, args, x, noise):
 
 # ---- named sizes
 
-# Arguments of VFMVAE but foundation and d. paper: 139,770,680 parameters train.
+# Arguments of VFMVAE; scale for patches of 16 px. paper: 139,770,680 parameters train.
 VFM_VAES = {
-    "tiny": {"dim": 192, "layers": (0, 2, -1), "scale": 0.875, "width": 64, "expansion": 128,
-             "style": 128,
+    "tiny": {"scale": 1, "width": 64, "expansion": 128, "style": 128,
              "synthesis": {"channels": (128, 128, 128, 64, 64, 32), "injections": (128, 64, 32, 32),
                            "layers": (2, 2, 2, 2, 2, 2), "kernels": (5, 5, 5, 5, 5, 5),
                            "attentions": (1, 1, 1, 0, 0, 0), "noise": 0}},
-    "paper": {"synthesis": {"channels": (512, 512, 512, 512, 256, 128),
+    "paper": {"scale": 2, "width": 64, "expansion": 512, "style": 512,
+              "synthesis": {"channels": (512, 512, 512, 512, 256, 128),
                             "injections": (512, 256, 128, 128), "layers": (7, 7, 7, 7, 5, 5),
                             "kernels": (5, 5, 7, 7, 7, 7), "attentions": (2, 2, 2, 0, 0, 0),
                             "noise": 8}},
 }
 # Arguments of SigLIP: 316,742,656 parameters.
 SIGLIPS = {"siglip2-l16-512": {"dim": 1024, "depth": 24, "patch": 16, "grid": 32}}
+SIGLIP_URL = "https://huggingface.co/google/siglip2-large-patch16-512/resolve/main/model.safetensors"
+DINO_URL = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/"
+            "dino_deitsmall16_pretrain.pth")
+
+
+def reading_sizes(name, tower):
+    """VFMVAE's arguments of a named size that follow from its encoder: the first, the middle and
+    the last layer are read, at the scale that fits its patches."""
+    sizes = VFM_VAES[name]
+    return sizes | {"dim": tower.dim, "layers": (0, len(tower.blocks) // 2, -1),
+                    "scale": sizes["scale"] * tower.patch / 16}
