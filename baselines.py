@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import unwrapped
+from losses import kl_divergence, vf_loss
 from model import Decoder, GroupNorm, LatentSpace, Level, Middle
 
 
@@ -112,28 +113,7 @@ class VAE(LatentSpace):
         return [(level, "forward") for level in self.encoder.down] + [(self.decoder, "body")]
 
 
-# ---- the losses
-
-# KL(N(mean, var) || N(0, I))
-def kl_divergence(moments):
-    """Of mean | log-variance (B, 2d, h, w): summed over the dimensions, mean over the batch."""
-    mean, logvar = moments.float().chunk(2, dim=1)
-    logvar = logvar.clamp(-30, 20)
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-
-
-# VF = mean relu(1 - m_cos - cos(F, z')) + mean relu(|S(z') - S(F)| - m_dist)
-def vf_loss(z_proj, tokens, m_cos=0.5, m_dist=0.25):
-    """VA-VAE's loss toward the foundation encoder: marginal cosine similarity and marginal distance
-    matrix similarity. z_proj: z' (B, D, h, w); tokens: F (B, N, D), N = h*w; S: the cosines between
-    the tokens of an image (B, N, N)."""
-    z = F.normalize(z_proj.float().flatten(2).transpose(1, 2), dim=-1)  # (B, N, D)
-    f = F.normalize(tokens.float(), dim=-1)
-    with torch.autocast(z.device.type, enabled=False):
-        difference = (z @ z.transpose(1, 2) - f @ f.transpose(1, 2)).abs()  # (B, N, N)
-    cosine = (z * f).sum(-1)  # (B, N)
-    return F.relu(1 - m_cos - cosine).mean() + F.relu(difference - m_dist).mean()
-
+# ---- the objective
 
 def objective(s, args, x, noise):
     """The reconstruction and the terms beside L_rec, as train_tokenizer.aligntok_objective returns
@@ -147,4 +127,4 @@ def objective(s, args, x, noise):
             tokens = s.reference.features(x)  # F (B, N, D)
         vf = vf_loss(z_proj, tokens, *args.vf_margins)
         terms["vf"] = (args.w_vf, vf, s.tokenizer.encoder.conv_out.weight, 1e8)
-    return recon, terms
+    return x, recon, terms

@@ -61,9 +61,11 @@ from files import (
     sha256,
     write_atomically,
 )
+from losses import ssim
 from model import DINOv2
 from runs import Parser, count, index, launch, setup_ranks
 from toy import Shapes
+from vfm_vae import VFMVAE
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -405,30 +407,6 @@ def psnr(x, y):
     """Peak signal-to-noise ratio in dB, per image (B,), of (B, 3, H, W) in [-1, 1]."""
     mse = (x.double() - y.double()).square().mean((1, 2, 3))  # (B,)
     return 10 * torch.log10(4 / mse.clamp_min(1e-20))
-
-
-def ssim(x, y):
-    """Structural similarity (Wang et al. 2004), per image (B,), of (B, 3, H, W) in [-1, 1].
-
-    Gaussian window 11x11, sigma 1.5, valid positions only, K1 .01, K2 .03, population covariance,
-    mean over RGB. ValueError for sides below 11."""
-    if min(x.shape[-2:]) < 11:
-        raise ValueError(f"SSIM needs sides of at least 11, not {x.shape[-2]}x{x.shape[-1]}")
-    x, y = (x.double() + 1) / 2, (y.double() + 1) / 2  # of range 1
-    window = x.new_tensor([math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)])
-    window = window / window.sum()
-
-    def blur(t):
-        # the window is a row times a column
-        t = F.conv2d(t.flatten(0, 1)[:, None], window.view(1, 1, 1, 11))
-        return F.conv2d(t, window.view(1, 1, 11, 1)).view(len(x), -1)  # (B, 3*h*w)
-
-    mx, my = blur(x), blur(y)
-    vx, vy = blur(x * x) - mx * mx, blur(y * y) - my * my
-    cov = blur(x * y) - mx * my  # (B, 3*h*w)
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    numerator = (2 * mx * my + c1) * (2 * cov + c2)
-    return (numerator / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean(1)
 
 
 class Encoded(NamedTuple):
@@ -824,7 +802,7 @@ def open_tokenizer(path, size, device):
     """(tokenizer in eval mode, image side: `size`, else that of its training)."""
     content = load_file(path, "tokenizer")
     with reading(path, "tokenizer"):
-        tokenizer = load_tokenizer(path, VAE, content=content)
+        tokenizer = load_tokenizer(path, VAE, VFMVAE, content=content)
         size = size or operator.index(content.get("recipe", {}).get("size", 256))
     if size < 1 or size % tokenizer.factor:
         raise UserError(f"--size must be divisible by {tokenizer.factor}, not {size}")

@@ -574,12 +574,17 @@ def require_statistics(tokenizer, path):
                         "official file (sample.py --latent-stats FILE)")
 
 
+# What a stage may train and leave the latents as they are; VFM-VAE's on the second line
+DECODER = ("decoder.", "post_quant_conv.",
+           "ldm_adapter.post_quant.", "ldm_adapter.linear_proj.", "mapping.", "synthesis.")
+
+
 def fingerprint(tokenizer):
     """A short hash of what makes a tokenizer's latents: encoder, adapter, statistics. Stage 3 does
     not change it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tokenizer.state_dict().items()):
-        if not name.startswith(("decoder.", "post_quant_conv.")):
+        if not name.startswith(DECODER):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 

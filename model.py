@@ -160,11 +160,9 @@ class DINOv2(nn.Module):
         assert grid.shape[-2:] == (h, w)
         return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)  # (1, 1 + h*w, D)
 
-    def forward(self, x):
-        """x: (B, 3, H, W) with DINOv2's normalisation, sides divisible by 14.
-
-        Returns cls (B, D) and patch tokens (B, H/14 * W/14, D), both after the final norm: the
-        official `x_norm_clstoken` and `x_norm_patchtokens`. Raises ValueError for other sides."""
+    def embed(self, x):
+        """Images, as forward takes them -> cls, registers and patch tokens (B, 1+R+N, D), with
+        position, before the first block."""
         B, _, H, W = x.shape
         if H % self.patch or W % self.patch:
             raise ValueError(f"DINOv2 takes sides divisible by {self.patch}, not {H}x{W}")
@@ -174,6 +172,14 @@ class DINOv2(nn.Module):
         if self.registers:  # they carry no position
             registers = self.register_tokens.expand(B, -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)  # (B, 1+4+N, D)
+        return x
+
+    def forward(self, x):
+        """x: (B, 3, H, W) with DINOv2's normalisation, sides divisible by 14.
+
+        Returns cls (B, D) and patch tokens (B, H/14 * W/14, D), both after the final norm: the
+        official `x_norm_clstoken` and `x_norm_patchtokens`. Raises ValueError for other sides."""
+        x = self.embed(x)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)

@@ -124,15 +124,18 @@ def autocast(device, dtype):
 
 # ---- speed and memory
 
-def make_fast(model, args, device):
-    """What both training scripts do to a network before its first step; in place, so keys stay."""
+def make_fast(model, args, device, *more):
+    """What both training scripts do to a network before its first step; in place, so keys stay.
+    more: classes that are blocks for --checkpointing, too."""
+    blocks = [part for part in model.modules()
+              if isinstance(part, (Block, ResnetBlock, DiTBlock, *more))]
     if args.compile if args.compile is not None else device.type == "cuda":
-        compile_parts([(block, "forward") for block in checkpointed(model)] if args.checkpointing
+        compile_parts([(block, "forward") for block in blocks] if args.checkpointing
                       else model.compiled())
     elif device.type == "cpu":
         fast_weight_gradients(model)
     if args.checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(blocks)
 
 
 def compile_parts(parts):
@@ -143,14 +146,10 @@ def compile_parts(parts):
         setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
 
 
-def checkpointed(model):
-    return [part for part in model.modules() if isinstance(part, (Block, ResnetBlock, DiTBlock))]
-
-
-def checkpoint_activations(model):
+def checkpoint_activations(blocks):
     """--checkpointing: each block keeps only its input and computes the rest again in the backward
     pass: less memory, the same gradients, slower."""
-    for block in checkpointed(model):
+    for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 

@@ -48,6 +48,7 @@ from files import (
 )
 from model import LightningDiT
 from runs import count, index, positive
+from vfm_vae import VFMVAE
 
 # ---- the sampler
 
@@ -164,7 +165,7 @@ def load_pair(args):
     """(generator, tokenizer): they must belong together, and the latents need statistics."""
     path = args.dit
     model, content = load_dit(path)
-    tokenizer = load_tokenizer(args.tokenizer, VAE)
+    tokenizer = load_tokenizer(args.tokenizer, VAE, VFMVAE)
     if tokenizer.d != model.d:
         raise UserError(f"the tokenizer {args.tokenizer} has {tokenizer.d} latent channels, the "
                         f"generator takes {model.d}")

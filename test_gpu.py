@@ -75,8 +75,8 @@ def networks():
         "l_sp": (Call(losses.semantic_preservation), z, y),
         "l_sp cosine": (Call(lambda a, b: losses.semantic_preservation(a, b, "cosine")), z, y),
         "hinge": (Call(losses.hinge_d), z, y),
-        "kl": (Call(baselines.kl_divergence), z),
-        "vf": (Call(baselines.vf_loss), z, torch.randn(2, 64, 32)),
+        "kl": (Call(losses.kl_divergence), z),
+        "vf": (Call(losses.vf_loss), z, torch.randn(2, 64, 32)),
         "flow matching": (Call(lambda a, b: losses.flow_matching(
             lambda z_t, t, _: torch.sin(3 * z_t), a, b, torch.tensor([0.2, 0.7], device=a.device),
             None, 1.0)[0]), z, y),

@@ -57,6 +57,7 @@ from files import (
 from model import DITS, LightningDiT, update_ema
 from runs import count, fraction, positive, weight
 from sample import choose_labels, generate, grid_rows, time_grid
+from vfm_vae import VFMVAE
 
 BINS = 5  # of t, in the log
 COLUMNS = ["step", "loss", "mse", "cosine", "grad_norm",
@@ -216,7 +217,7 @@ class FlowData(Dataset):
 
 def set_up(args, run, data, device):
     """(networks, optimiser, EMA and recipe; the latents or None)."""
-    tokenizer = load_tokenizer(args.tokenizer, VAE).requires_grad_(False).to(device)
+    tokenizer = load_tokenizer(args.tokenizer, VAE, VFMVAE).requires_grad_(False).to(device)
     require_statistics(tokenizer, args.tokenizer)
     if args.size % tokenizer.factor:
         raise UserError(f"--size must be divisible by {tokenizer.factor}, not {args.size}")
