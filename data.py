@@ -6,23 +6,28 @@ All randomness is a function of (seed, purpose, stage, epoch, image): neither a 
 workers or ranks change it.
 """
 import contextlib
+import copy
+import functools
 import hashlib
 import os
 import signal
 import struct
 import warnings
 import zlib
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from files import UserError, gather, ranges, reading, write_atomically
+from files import SystemFailure, UserError, gather, print_0, ranges, reading, write_atomically
 
 
 def rng(*key):
@@ -34,7 +39,8 @@ def rng(*key):
 
 # Known by their content, whatever the name; no PostScript, which is a program
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_TYPES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif",
+               ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"}
 MAX_ASPECT = 100  # 1 x 5000 px would become 256 x 1,280,000
 
 
@@ -154,71 +160,187 @@ def save_grid(rows, path):
 
 # ---- folders and labels
 
+SYSTEM_FOLDERS = {"@eadir", "lost+found", "system volume information", "$recycle.bin"}
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"}
+
+
 def list_images(root):
-    """All image files below a folder, sorted by name."""
-    if not Path(root).is_dir():
-        raise UserError(f"data folder not found: {root} (--data DIR: a folder per class, or flat)")
+    """The image files below a folder, sorted by path, and what else is there.
 
-    def refuse(error):  # os.walk would skip the folder
-        raise UserError(f"cannot list the data folder {error.filename}: {error.strerror}")
+    (parts, ignored). A part is (a folder directly in root, or "" for files in root itself; their
+    paths from root, each with a zero byte behind it). ignored: counts of other files by suffix, of
+    hidden files, and of folders that a system or a program has left."""
+    ignored = Counter()
 
-    files = []
-    for d, _, names in os.walk(root, followlinks=True, onerror=refuse):
-        if os.path.islink(d) and Path(d).parent.resolve().is_relative_to(Path(d).resolve()):
-            raise UserError(f"{d} is a link to a folder that it lies in")
-        files += [os.path.join(d, name) for name in names if not name.startswith(".")
-                  and os.path.splitext(name)[1].lower() in IMAGE_TYPES]
-    files.sort()
-    if not files:
+    def names_in(folder):
+        """Sorted as paths are: a folder's name ends in /."""
+        names = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name, suffix = entry.name, os.path.splitext(entry.name)[1].lower()
+                hidden = name.startswith(".")
+                # no link to a file is followed: that would take a stat each
+                if suffix in IMAGE_TYPES and not hidden and not entry.is_dir(follow_symlinks=False):
+                    names.append(name)
+                elif not entry.is_dir():
+                    ignored["hidden" if hidden else f"of {suffix}" if suffix
+                            else "without suffix"] += 1
+                elif hidden or name.startswith("__") or name.lower() in SYSTEM_FOLDERS:
+                    ignored["hidden or system folders"] += 1
+                elif (entry.is_symlink() and Path(folder).resolve().is_relative_to(
+                        Path(entry.path).resolve())):
+                    raise UserError(f"{entry.path} is a link to a folder that it lies in")
+                else:
+                    names.append(f"{name}/")
+        return sorted(names)
+
+    def below(folder, names):
+        for name in names:
+            if name.endswith("/"):
+                yield from below(f"{folder}{name}", names_in(f"{root}/{folder}{name[:-1]}"))
+            else:
+                yield f"{folder}{name}\0"
+
+    try:
+        top = groupby(names_in(root), lambda name: name[:-1] if name.endswith("/") else "")
+        parts = [(part, os.fsencode("".join(below("", names)))) for part, names in top]
+    except FileNotFoundError:
+        raise UserError(f"data folder not found: {root} (--data DIR: a folder per class, or "
+                        "flat)") from None
+    except OSError as e:
+        raise SystemFailure(f"cannot list the data folder {e.filename}: {e.strerror}") from None
+    if not any(names for _, names in parts):
         raise UserError(f"no images in {root} (looked for {' '.join(sorted(IMAGE_TYPES))})")
-    return files
+    return parts, ignored
 
 
 class ImageFolder:
-    """The image files below a folder. labels: numbers of the classes (sorted folder names), or None
-    where it is flat. identity: a short hash of the list of files."""
+    """The image files below a folder, in the order of their paths.
 
-    def __init__(self, root, files=None):
-        self.root, self.files = str(root), files or list_images(root)
-        parts = [os.path.relpath(f, root).split(os.sep) for f in self.files]
-        flat = not all(len(p) > 1 for p in parts)
-        self.classes = [] if flat else sorted({p[0] for p in parts})
+    classes: the names of the folders directly in it, sorted, with or without images; [] where it is
+    flat. Those of the training images are given to the held-out ones; () asks for none. labels:
+    the classes' numbers (n,), or None. Errors: UserError.
+
+    The names are bytes and offsets: a loader's worker would copy what it touches of a list."""
+
+    def __init__(self, root, classes=None):
+        parts, self.ignored = list_images(root)
+        self.root, self.labels = str(root), None
+        self.names = b"".join(names for _, names in parts)
+        ends = np.flatnonzero(np.frombuffer(self.names, np.uint8) == 0)
+        self.starts = np.append(0, ends[:-1] + 1)  # of the image's name in names
+        folders = sorted(part for part, _ in parts if part)
+        loose = [names for part, names in parts if not part]
+        if classes is None and loose and any(names for part, names in parts if part):
+            name = os.fsdecode(loose[0].split(b"\0")[0])
+            raise UserError(f"{self.root}/{name} lies beside class folders: move it away, or into "
+                            "one of them")
+        if loose or classes is not None and not classes:
+            self.classes = []
+            return
+        splits = [name for name in folders if name.lower() in SPLITS]
+        if classes is None and (len(splits) > 1 or folders == ["train"]):
+            first = min(splits, key=lambda name: "train" not in name.lower())
+            raise UserError(f"{self.root} holds {shown(splits)}, which are no classes: give "
+                            f"--data {self.root}/{first}")
+        self.classes = folders if classes is None else list(classes)
         number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = None if flat else [number[p[0]] for p in parts]
-        names = os.fsencode("\n".join("/".join(p) for p in parts))  # a name need not be UTF-8
-        self.identity = hashlib.sha256(names).hexdigest()[:16]
+        if unknown := [name for name in folders if name not in number]:
+            raise UserError(f"{root}: {shown(unknown)} is no class of the training images (a flat "
+                            "folder serves without labels)")
+        numbers, counts = zip(*((number[part], names.count(b"\0")) for part, names in parts))
+        self.labels = np.repeat(np.array(numbers, np.int32), counts)
 
     def __len__(self):
-        return len(self.files)
+        return len(self.starts)
+
+    def __str__(self):
+        text = f"{len(self):,} images"
+        if self.classes:
+            few = [self.classes[0], *["..."] * (len(self.classes) > 2), *self.classes[1:][-1:]]
+            text = f"{len(self.classes):,} classes ({' '.join(few)}), {text}"
+        if self.ignored:
+            text += "; ignored: " + ", ".join(f"{n} {kind}" for kind, n in self.ignored.items())
+        return f"{self.root}: {text}"
+
+    def subset(self, chosen):
+        """The images of these indices; the classes stay."""
+        part = copy.copy(self)
+        part.starts = self.starts[chosen]
+        part.labels = None if self.labels is None else self.labels[chosen]
+        return part
+
+    def name(self, i):
+        """The path from root, as bytes."""
+        return self.names[self.starts[i]:self.names.index(b"\0", self.starts[i])]
+
+    def path(self, i):
+        return f"{self.root}/{os.fsdecode(self.name(i))}"
+
+    @functools.cached_property
+    def identity(self):
+        """A short hash of the list of files."""
+        digest = hashlib.sha256()
+        for batch in ranges(len(self), 4096):
+            digest.update(b"\n" * (batch.start > 0) + b"\n".join(map(self.name, batch)))
+        return digest.hexdigest()[:16]
 
     def image(self, i):
-        return load_image(self.files[i])
+        return load_image(self.path(i))
 
     def pixels(self, i):
-        return load_pixels(self.files[i])
+        return load_pixels(self.path(i))
+
+
+def shown(names, most=5):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def open_folders(data, val, val_images):
-    """(training images, held-out images). Held out: the folder `val` if given, else a folder `val`
-    beside a folder `train`, else a fixed random 5 % of the files, at most val_images."""
-    root = Path(data)
+    """(training images, held-out images), with the same classes. Held out: the folder `val` if
+    given, else a folder `val` beside a folder `train`, else a fixed random 5 % of the files, at
+    most val_images."""
+    root, train = Path(data), ImageFolder(data)
+    print_0(train)
+    classes = train.classes
     if val is None and root.name == "train" and root.with_name("val").is_dir():
         val = root.with_name("val")
+        if not any((val / name).is_dir() for name in classes):
+            classes = []  # of another layout, such as Tiny ImageNet's
     if val is not None:
-        train, held_out = ImageFolder(root), ImageFolder(val)
-        if held_out.classes and held_out.classes != train.classes:
-            raise UserError(f"{val} and {root} hold different classes")
-        return train, held_out
-    files = list_images(root)
-    if len(files) < 2:
-        raise UserError(f"{root} holds one image; at least two are needed, one to validate on")
-    order = rng("held out").permutation(len(files))
-    n = min(val_images, max(1, len(files) // 20))
-    train, held_out = (ImageFolder(root, [files[i] for i in sorted(part)])
-                       for part in (order[n:], order[:n]))
-    if train.classes != held_out.classes:  # too few images: no probe
-        held_out.labels = None
+        held_out = ImageFolder(val, classes)
+        print_0(f"held out: {held_out}")
+        if train.classes and held_out.labels is None:
+            print_0(f"NOTE: {val} is not in the class folders of {root}: it serves without "
+                    "labels, and the linear probe is left out")
+    else:
+        if len(train) < 2:
+            raise UserError(
+                f"{root} holds one image; at least two are needed, one to validate on")
+        order = rng("held out").permutation(len(train))
+        n = min(val_images, max(1, len(train) // 20))
+        print_0(f"held out: {n:,} of them")
+        train, held_out = (train.subset(np.sort(part)) for part in (order[n:], order[:n]))
+    if train.classes:
+        counts = np.bincount(train.labels, minlength=len(train.classes))
+        if empty := [train.classes[i] for i in np.flatnonzero(counts == 0)]:
+            print_0(f"NOTE: {len(empty)} classes have no training image: {shown(empty)}")
     return train, held_out
+
+
+def on_rank_0(make, *args):
+    """make(*args), or its UserError, computed by rank 0 alone and sent to the others."""
+    result = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = [make(*args)]
+        except UserError as e:
+            result = [e]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
 
 
 # ---- order, loaders
@@ -228,7 +350,7 @@ class Crops(Dataset):
     if there is a key, else centre-cropped; its label, or 0; and standard normal noise of shape
     `noise`, for a VAE.
 
-    An unreadable image gives the text of its error: a worker cannot raise a UserError."""
+    An unreadable image gives its UserError: what a worker raises arrives with a traceback."""
 
     def __init__(self, data, size, key=None, noise=None):
         self.data, self.size, self.key, self.noise = data, size, key, noise
@@ -241,8 +363,8 @@ class Crops(Dataset):
             else:
                 pixels = random_crop(self.data.pixels(i), self.size, rng(*self.key, epoch, i))
         except UserError as e:
-            return str(e)
-        item = pixels, self.data.labels[i] if self.data.labels else 0
+            return e
+        item = pixels, 0 if self.data.labels is None else int(self.data.labels[i])
         if self.noise:
             r = rng(*self.key, "noise", epoch, i)
             item += (torch.from_numpy(r.standard_normal(self.noise, np.float32)),)
@@ -289,7 +411,7 @@ def at_random(n, batch_size, total):
 
 
 def collate(items):
-    broken = [item for item in items if isinstance(item, str)]
+    broken = [item for item in items if isinstance(item, UserError)]
     return broken[0] if broken else default_collate(items)
 
 
@@ -308,8 +430,8 @@ def batches(dataset, order, workers, device):
         worker_init_fn=keep_loading, pin_memory=device.type == "cuda",
         generator=torch.Generator())  # else it would draw from torch's global one
     for batch in loader:
-        if isinstance(batch, str):
-            raise UserError(batch)
+        if isinstance(batch, UserError):
+            raise batch
         batch = [part.to(device, non_blocking=True) for part in batch]
         if isinstance(dataset, Crops):
             batch[0] = to_tensor(batch[0])  # only here: uint8 is a quarter of the bytes
@@ -324,7 +446,7 @@ def check_images(sets, size, workers, rank=0, world=1):
         loader = DataLoader(Crops(data, size), batch_sampler=order, num_workers=workers,
                             collate_fn=list)
         for items in tqdm(loader, "checking images", disable=rank != 0, mininterval=1):
-            bad += [item for item in items if isinstance(item, str)]
+            bad += [str(item) for item in items if isinstance(item, UserError)]
     bad = [text for part in gather(bad) for text in part]
     if bad:
         raise UserError(f"{len(bad)} unreadable images: {'; '.join(bad[:20])}")

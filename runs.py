@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from files import (
+    SystemFailure,
     UserError,
     check_same,
     gather,
@@ -216,6 +217,8 @@ class Run:
                 content = load_file(path)
                 if not isinstance(content.get("recipe"), dict):
                     raise UserError(f"{path} is no checkpoint to resume from")
+            except SystemFailure:
+                raise
             except UserError as e:
                 print(f"WARNING: {e}; trying the checkpoint before it", file=sys.stderr)
                 continue
@@ -233,7 +236,8 @@ class Run:
             check_weights(network, self, s.prefix)
         content = {k: part.state_dict() for k, part in (s.networks | s.optimisers).items()}
         content |= {"step": s.step, "recipe": s.recipe, "meter": s.meter.state(),
-                    "rng": rng_states(), "arguments": next(iter(s.networks.values())).arguments}
+                    "rng": rng_states(), "arguments": next(iter(s.networks.values())).arguments,
+                    "classes": s.classes}
         path = self.out / f"{s.prefix}_step{s.step:08d}.pt"
         if self.rank == 0:
             save_checkpoint(path, content)

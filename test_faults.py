@@ -434,6 +434,7 @@ def test_odd_folders():
             (d / name / "1.png").write_bytes(picture("PNG"))
         images = data.ImageFolder(d)
         assert images.classes == ["b\udcff, c", "naïve 类"] and len(images.identity) == 16
+        assert Path(images.path(0)).exists() and "b\udcff" in images.path(0)
         assert len(data.Crops(images, 16)[0, 0][0]) == 3
         (d / "loop").symlink_to(d)
         with refused("loop is a link to a folder that it lies in"):

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import functools
+import hashlib
 import io
 import json
 import math
@@ -688,26 +689,90 @@ def test_crops():
     assert len({left for left, _ in seen}) > 8 and len({flip for _, flip in seen}) == 2
 
 
-def test_folders():
-    """Classes and labels of a folder; what is held out; the reader's mistakes, by name."""
-    root = TMP / "folders"
-    for name in ("b/2.png", "a/1.png", "a/deep/3.PNG", ".hidden.png"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20)).save(root / name, "PNG")
-    images = data.ImageFolder(root)
-    assert images.classes == ["a", "b"] and images.labels == [0, 0, 1] and len(images) == 3
-    assert data.ImageFolder(root / "a" / "deep").labels is None
-    train, held_out = data.open_folders(root, None, 10)
-    assert len(train) == 2 and len(held_out) == 1 and not set(train.files) & set(held_out.files)
-    train = write_shapes(TMP / "beside" / "train", 3)
-    write_shapes(TMP / "beside" / "val", 3)
-    assert [len(part) for part in data.open_folders(train, None, 1)] == [3, 3]
-    assert "different classes" in error_of(data.open_folders, train, root, 1)
+def files_in(root, *names):
+    """Files of these names below a folder, images all of them; a name that ends in / is a folder."""
+    for name in names:
+        path = root / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            Image.new("RGB", (20, 20)).save(path, "PNG")
+    return root
 
+
+def opened(*args):
+    """What open_folders returns, and what it says."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        parts = data.open_folders(*args)
+    return *parts, said.getvalue()
+
+
+def names(images):
+    return [images.name(i).decode() for i in range(len(images))]
+
+
+def test_folders():
+    """Classes and labels of a folder, by its sorted names; the reader's mistakes, by name."""
+    root = files_in(TMP / "folders", "b/2.png", "a/1.png", "a/deep/3.PNG", "a-b/1.jfif", ".x.png",
+                    "c/", "a/._1.png", "a/x.txt", "a/README", "b/y.txt", ".ipynb_checkpoints/1.png",
+                    "__MACOSX/1.png", "a/@eaDir/1.png", "lost+found/", "$RECYCLE.BIN/1.png")
+    images = data.ImageFolder(root)
+    assert images.classes == ["a", "a-b", "b", "c"]  # c is empty: no number moves
+    assert names(images) == ["a-b/1.jfif", "a/1.png", "a/deep/3.PNG", "b/2.png"]
+    assert images.labels.tolist() == [1, 0, 0, 2]
+    for text in ("4 classes (a ... c), 4 images", "2 of .txt", "1 without suffix", "2 hidden",
+                 "5 hidden or system folders"):
+        assert text in str(images), (text, str(images))
+    listed = b"a-b/1.jfif\na/1.png\na/deep/3.PNG\nb/2.png"
+    assert images.identity == hashlib.sha256(listed).hexdigest()[:16]
+    flat = data.ImageFolder(root / "a" / "deep")
+    assert flat.labels is None and flat.path(0) == f"{root}/a/deep/3.PNG"
+
+    files_in(root, "cover.png", "none/")
+    with refused("cover.png", "beside class folders"):
+        data.open_folders(root, None, 10)
+    assert len(data.ImageFolder(root, ())) == 5, "figures need no classes"
+    parent = files_in(TMP / "parent", "Val/images/1.png", "train/a/1.png", "annotations/")
+    with refused("no classes", f"give --data {parent}/train"):
+        data.open_folders(parent, None, 10)
     assert "not found" in error_of(data.list_images, root / "nothing")
-    (root / "empty").mkdir()
-    assert "no images" in error_of(data.list_images, root / "empty")
+    assert "no images" in error_of(data.list_images, root / "none")
+
+
+def test_held_out():
+    """5 % of the files, or a folder of the same classes, or of no classes; never other numbers."""
+    root = files_in(TMP / "5", *(f"{c}/{i}.png" for c in "ab" for i in range(30)), "c/1.png")
+    train, held_out, said = opened(root, None, 10)
+    assert len(held_out) == 3 and sorted(names(train) + names(held_out)) == names(data.ImageFolder(root))
+    assert {*held_out.classes, *train.classes} == {"a", "b", "c"} and "3 of them" in said
+    for part in (train, held_out):
+        assert [part.classes[c] for c in part.labels] == [name[0] for name in names(part)]
+    one = files_in(TMP / "one", *(f"{c}/1.png" for c in "abcd"))
+    train, held_out, said = opened(one, None, 10)
+    lost, = set("abcd") - {name[0] for name in names(train)}
+    assert f"1 classes have no training image: {lost}" in said
+    assert ["abcd"[c] for c in train.labels] == [name[0] for name in names(train)]
+
+    beside = files_in(TMP / "beside", "train/a/1.png", "train/b/1.png", "val/b/9.png", "val/b/8.png")
+    train, held_out, said = opened(beside / "train", None, 1)
+    assert (len(train), held_out.labels.tolist()) == (2, [1, 1]) and "NOTE" not in said
+    files_in(beside, "val/c/1.png")
+    with refused("c is no class of the training images"):
+        data.open_folders(beside / "train", None, 1)
+    tiny = files_in(TMP / "tiny", "train/n01/images/1.png", "val/images/1.png")
+    (tiny / "val" / "val_annotations.txt").write_text("1.png\tn01")
+    train, held_out, said = opened(tiny / "train", None, 1)
+    assert held_out.labels is None and len(held_out) == 1 and train.classes == ["n01"]
+    assert "NOTE" in said and "without labels" in said and "probe is left out" in said
+    with refused("images is no class"):  # asked for by name
+        data.open_folders(tiny / "train", tiny / "val", 1)
+    assert opened(tiny / "train", tiny / "val" / "images", 1)[1].labels is None
+
+
+def test_unreadable():
+    """A broken image is named, before its batch, or by --check-data."""
+    root = files_in(TMP / "broken", "a/1.png", "b/2.png", "b/3.png")
     (root / "a" / "1.png").write_bytes(b"not an image")
+    images = data.ImageFolder(root)
     batches = data.batches(data.Crops(images, 16), data.in_order(3, 3), 0, CPU)
     assert "1.png" in error_of(next, batches)
     assert "1 unreadable" in error_of(data.check_images, [images], 16, 0)
@@ -946,7 +1011,7 @@ def test_run_folder():
     linear.arguments = {}
     adam = torch.optim.Adam(linear.parameters())
     s = SimpleNamespace(prefix="a", recipe={}, step=0, steps=9, log_every=1, meter=runs.Meter(CPU),
-                        networks={"linear": linear}, optimisers={"adam": adam})
+                        classes=[], networks={"linear": linear}, optimisers={"adam": adam})
     with folder() as d:
         (d / ".a_step00000009.pt.part").write_bytes(b"half")
         log = d / "log.csv"
@@ -1153,6 +1218,7 @@ def test_stages_train_what_they_say():
     out = small_run()
     finals = [load_file(out / f"stage{n}.pt") for n in (1, 2, 3)]
     one, two, three = (final["tokenizer"] for final in finals)
+    assert all(final["classes"] == Shapes(n=1).classes for final in finals)
     torch.manual_seed(int(data.rng(0, "encoder").integers(2 ** 62)))
     begin = load_encoder("random:tiny14")[0].state_dict()
     assert not changed({f"encoder.{k}": v for k, v in begin.items()}, one), "E_p is frozen"
@@ -1386,6 +1452,21 @@ def test_train_dit():
         norm = torch.cat([m["exp_avg"].flatten() for m in moments]).norm()
         close(norm.item(), 0.1 * 1e-3, 1e-5)  # AdamW's first moment: (1 - .9) of the gradient
 
+        saved = load_file(a / "dit_step00000004.pt")
+        assert saved.pop("classes") == sorted(set(Shapes(n=24).classes)), "names of the folders"
+        (d / "old").mkdir()  # of before there were names
+        save_checkpoint(d / "old" / "dit_step00000004.pt", saved)
+        for out, words in ((a, ["11 = triangle", "3 = cross"]), (d / "old", [])):
+            ends = ["--tokenizer", d / "tok.pt", "--preset", "tiny", "--steps", 1, "--grid",
+                    d / "grid.png", "--dit", out / "dit_step00000004.pt", "-n", 2, "--labels"]
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                execute(sample, *ends, "triangle,cross" if words else "11,3")
+            assert all(word in said.getvalue() for word in words), said.getvalue()
+        execute(train_dit, *ours, "--out", d / "old", "--steps", 5, "--cache", a / "latents.npy")
+        save_checkpoint(d / "old" / "dit.pt", saved | {"classes": ["a", 1]})
+        with refused("dit.pt", "not 12 strings"):
+            execute(sample, "--tokenizer", d / "tok.pt", "--dit", d / "old" / "dit.pt")
+
         tokenizer, cache = small_tokenizer(), np.load(a / "latents.npy", mmap_mode="r")
         images = data.open_folders(d / "data" / "train", None, 1)[0]
         x = data.to_tensor(data.Crops(images, 32)[0, 5][0])
@@ -1497,8 +1578,14 @@ def test_labels():
     few, many = (sample.choose_labels("random", 10, n, 1) for n in (20, 200))
     assert (many[:20] == few).all() and set(many) == set(range(10))
     assert sample.choose_labels("balanced", 0, 5, 0) is None
+    pets = ["0", "cat", "dog"]
+    assert sample.choose_labels("dog,0,cat", 3, 4, 0, pets).tolist() == [2, 0, 1, 2]
+    assert sample.name_labels(np.array([2, 1, 2]), pets) == "1 = cat, 2 = dog"
+    assert sample.name_labels(np.arange(3), pets, 2) == "0 = 0, 1 = cat and 1 more"
+    with refused("'dgo'", "close to it: dog"):
+        sample.choose_labels("dgo", 3, 5, 0, pets)
     for spec in ("3", "0,-1", "dog"):
-        with refused("--labels", spec):
+        with refused("--labels", spec, "0 to 2"):
             sample.choose_labels(spec, 3, 5, 0)
     assert "unconditional" in error_of(sample.choose_labels, "1", 0, 5, 0)
 

@@ -39,6 +39,7 @@ from data import (
     ShuffledBatches,
     batches,
     center_crop,
+    on_rank_0,
     open_folders,
     rng,
     save_grid,
@@ -152,7 +153,9 @@ def cached_latents(path, tokenizer, data, args, device):
     crops, pixels = Crops(data, args.size), hashlib.sha256()
     for i in np.linspace(0, n - 1, min(n, 8)).astype(int):
         item = crops[0, int(i)]
-        pixels.update(item.encode() if isinstance(item, str) else item[0].numpy().tobytes())
+        if isinstance(item, UserError):
+            raise item
+        pixels.update(item[0].numpy().tobytes())
     recipe = {"tokenizer": fingerprint(tokenizer), "data": data.identity,
               "pixels": pixels.hexdigest()[:16], "size": args.size}
     shape = (2, tokenizer.d, side, side)
@@ -203,12 +206,12 @@ class FlowData(Dataset):
         else:
             try:
                 x = to_tensor(to_pixels(center_crop(self.data.image(i), self.size)))
-            except UserError as e:  # as text: a worker has no better way
-                return str(e)
+            except UserError as e:  # see Crops
+                return e
             if flip:
                 x = x.flip(2)
         K = self.num_classes
-        y = K if dropped or not K else self.data.labels[i]
+        y = K if dropped or not K else int(self.data.labels[i])
         return x, y, normal, z1
 
 
@@ -220,7 +223,7 @@ def set_up(args, run, data, device):
     require_statistics(tokenizer, args.tokenizer)
     if args.size % tokenizer.factor:
         raise UserError(f"--size must be divisible by {tokenizer.factor}, not {args.size}")
-    K = len(data.classes) if data.labels and not args.unconditional else 0
+    K = len(data.classes) if data.labels is not None and not args.unconditional else 0
     latents = None if args.no_cache else cached_latents(
         args.cache or run.out / "latents.npy", tokenizer, data, args, device)
 
@@ -238,8 +241,8 @@ def set_up(args, run, data, device):
         "label_drop", "ema_decay", "seed")}
     s = SimpleNamespace(
         prefix="dit", recipe=recipe, step=0, steps=args.steps, log_every=args.log_every,
-        shown=("mse", "cosine"), tokenizer=tokenizer, model=model, ema=ema, trained=trained,
-        opt=opt, meter=runs.Meter(device), encode=latents is None, dtype=dtype,
+        shown=("mse", "cosine"), classes=data.classes if K else [], tokenizer=tokenizer,
+        model=model, ema=ema, trained=trained, opt=opt, meter=runs.Meter(device), encode=latents is None, dtype=dtype,
         autocast=partial(runs.autocast, device, dtype))
     s.networks, s.optimisers = {"model": model, "ema": ema}, {"opt": opt}  # in a checkpoint
     return s, latents
@@ -316,7 +319,7 @@ def main(argv=None):
         if args.data == "shapes":
             data, _ = toy.open_shapes(args.val, args.size, args.val_images)
         else:
-            data, _ = open_folders(args.data, args.val, args.val_images)
+            data, _ = on_rank_0(open_folders, args.data, args.val, args.val_images)
         s, latents = set_up(args, run, data, device)
         run.resume(s)
         train(args, run, s, training_latents(s, args, run, data, latents, world, device))

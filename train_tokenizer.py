@@ -38,6 +38,7 @@ from data import (
     batches,
     check_images,
     in_order,
+    on_rank_0,
     open_folders,
     rng,
     save_grid,
@@ -189,14 +190,16 @@ def finish_stage(s, args, data, held_out, device, path):
     if s.stage != 3:  # in stage 3 the latents are those of stage 2, and keep their statistics
         result.latent_mean.copy_(train.latent_mean)
         result.latent_std.copy_(train.latent_std)
-    probe_on = train if data.labels and held_out.labels else None
+    labelled = data.labels is not None and held_out.labels is not None
+    probe_on = train if labelled else None
     figures = validate(result, probe_on, held_out, args, device, s.lpips)
     n = min(args.val_images, len(held_out))
     print(f"{path.stem} on {n} held-out images: " + ", ".join(
         f"{k} {v:.4f}" if k in ("rec", "ssim") else f"{k} {v:.2f}" for k, v in figures.items()))
     save_checkpoint(path, {
         "stage": s.stage, "step": s.step, "total_steps": s.steps_before + s.step,
-        "recipe": s.recipe, "arguments": result.arguments, "tokenizer": result.state_dict(),
+        "recipe": s.recipe, "arguments": result.arguments, "classes": s.classes,
+        "tokenizer": result.state_dict(),
         "discriminator": s.discriminator.state_dict(), "opt_d": s.opt_d.state_dict(),
         "validation": figures})
     print(f"saved {path}")
@@ -273,7 +276,8 @@ def set_up_stage(stage, args, run, data, lpips, device):
     s = SimpleNamespace(
         stage=stage, prefix=f"stage{stage}" if stage else args.model, recipe=recipe, step=0,
         steps=args.steps_of[stage], steps_before=start.steps, log_every=args.log_every,
-        shown=("rec", "sp", "d_loss"), tokenizer=tokenizer, discriminator=discriminator,
+        shown=("rec", "sp", "d_loss"), classes=data.classes, tokenizer=tokenizer,
+        discriminator=discriminator,
         reference=start.reference, ema=ema, lpips=lpips, opt_g=opt_g, opt_d=opt_d,
         meter=runs.Meter(device), autocast=partial(runs.autocast, device, dtype))
     s.networks = {"tokenizer": tokenizer, "discriminator": discriminator}  # in a checkpoint
@@ -486,7 +490,7 @@ def main(argv=None):
     if args.data == "shapes":
         data, held_out = toy.open_shapes(args.val, args.size, args.val_images)
     else:
-        data, held_out = open_folders(args.data, args.val, args.val_images)
+        data, held_out = on_rank_0(open_folders, args.data, args.val, args.val_images)
     if args.check_data:
         check_images([data, held_out], args.size, args.workers, args.rank, args.world)
     lpips = None
