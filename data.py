@@ -9,6 +9,8 @@ import contextlib
 import copy
 import functools
 import hashlib
+import io
+import json
 import os
 import signal
 import struct
@@ -23,11 +25,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from files import SystemFailure, UserError, gather, print_0, ranges, reading, write_atomically
+from files import (
+    SystemFailure,
+    UserError,
+    gather,
+    print_0,
+    ranges,
+    reading,
+    system_failure,
+    write_atomically,
+)
 
 
 def rng(*key):
@@ -42,6 +53,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 IMAGE_TYPES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif",
                ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"}
 MAX_ASPECT = 100  # 1 x 5000 px would become 256 x 1,280,000
+PngImagePlugin.MAX_TEXT_CHUNK = 2 ** 24  # bytes; PIL's 2^20 refuse large colour profiles
 
 
 def check_png(path):
@@ -54,6 +66,19 @@ def check_png(path):
             length, kind = struct.unpack(">I4s", f.read(8))
             if zlib.crc32(f.read(length), zlib.crc32(kind)) != int.from_bytes(f.read(4)):
                 raise OSError("truncated, or a chunk's CRC differs")
+
+
+def with_end(jpeg):
+    """The bytes of a JPEG that has no end marker, with one. OSError where more is missing: then the
+    pixels depend on what stands in its place. Of several scans, or parts between restart markers,
+    a whole one may be missing, which nothing tells."""
+    jpeg = jpeg.removesuffix(b"\xff")  # half of the marker
+    fillers = b"", b"\x33" * 999, b"\x55" * 999, b"\xaa" * 999, b"\xfe" * 999
+    whole = [jpeg + filler + b"\xff\xd9" for filler in fillers]
+    one = not any(marker in jpeg for marker in (b"\xff\xc2", b"\xff\xdd"))
+    if not one or len({Image.open(io.BytesIO(w), formats=("JPEG",)).tobytes() for w in whole}) > 1:
+        raise OSError("truncated: it has no end")
+    return whole[0]
 
 
 @contextlib.contextmanager
@@ -73,13 +98,15 @@ def open_image(path):
                 check_png(path)
             # PIL has read up to the pixels; libjpeg does not always notice a missing end
             elif img.format == "JPEG" and b"\xff\xd9" not in img.fp.read():
-                raise OSError("truncated: it has no end")
+                img.fp.seek(0)
+                whole = with_end(img.fp.read())
+                img = Image.open(io.BytesIO(whole), formats=("JPEG",))
             yield img
 
 
 def load_image(path):
-    """Image file -> PIL RGB: EXIF orientation applied, transparency on white, 16-bit grey scaled to
-    8 bits, the first frame of several. Errors: see open_image."""
+    """Image file -> PIL RGB: EXIF orientation applied, transparency on white, the first frame of
+    several, 8 bits (see levels). Errors: see open_image."""
     with open_image(path) as img:
         return to_rgb(img)
 
@@ -89,24 +116,70 @@ def load_pixels(path):
     values in half of the time."""
     with open_image(path) as img:
         plain = img.mode in ("RGB", "L") and not {"exif", "xmp"} & img.info.keys()
-        if img.format != "JPEG" or not plain:
+        if img.format != "JPEG" or not plain or not has_decode_jpeg():
             return to_pixels(to_rgb(img))
         img.fp.seek(0)
-        data = torch.frombuffer(bytearray(img.fp.read()), dtype=torch.uint8)
-        return torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB)
+        try:
+            return decode_jpeg(img.fp.read())
+        except RuntimeError:  # PIL says what is wrong, or reads it
+            return to_pixels(to_rgb(img))
+
+
+def decode_jpeg(jpeg):
+    content = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
+    return torchvision.io.decode_jpeg(content, torchvision.io.ImageReadMode.RGB)
+
+
+@functools.cache
+def has_decode_jpeg():
+    """Whether torchvision was built with libjpeg."""
+    jpeg = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
+    try:
+        return decode_jpeg(jpeg.getvalue()).shape == (3, 8, 8)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def to_rgb(img):
+    wide = ";16" in str(img.tile)  # of several channels PIL keeps the upper 8 bits
     img.load()
-    with contextlib.suppress(Exception):  # damaged EXIF tells no orientation
+    try:
         ImageOps.exif_transpose(img, in_place=True)
-    if img.mode.startswith("I") or img.mode == "F":  # 16 bits in practice
-        grey = (np.asarray(img, np.float32) / 257).clip(0, 255)
-        img = Image.fromarray(grey.astype(np.uint8))
+    except Exception as e:  # damaged EXIF tells no orientation
+        if system_failure(e):
+            raise
+    if img.mode.startswith("I") or img.mode == "F":
+        img = Image.fromarray(levels(img))
+    elif wide and max(high for _, high in img.convert("RGB").getextrema()) < 16:
+        raise ValueError(DARK)
     if img.has_transparency_data:
         img = img.convert("RGBA")
         img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
     return img if img.mode == "RGB" else img.convert("RGB")
+
+
+DARK = ("its 16-bit values fill at most 12 bits, and white is 65535: it would be almost black; "
+        "scale them to the whole range")
+
+
+def levels(img):
+    """PIL image of one channel of more than 8 bits -> uint8 (H, W). White is 1 of floats, 65535 of
+    integers, 4095 where a TIFF says that it has 12 bits. ValueError where this would be a guess:
+    other floats, integers beyond, and 16 bits of which the upper four are not used."""
+    grey = np.asarray(img, np.float32)
+    low, high = grey.min(), grey.max()
+    if img.mode == "F":
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"floats from {low:g} to {high:g}: scale them to [0, 1]")
+        return (255 * grey).round().astype(np.uint8)
+    bits = getattr(img, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE)
+    white = 4095 if bits == (12,) else 65535
+    if low < 0 or high > white:
+        raise ValueError(f"integers from {low:.0f} to {high:.0f}: scale them to 8 or 16 bits")
+    if 0 < 16 * high < white:
+        raise ValueError(DARK)
+    return (grey * (255 / white)).astype(np.uint8)
 
 
 # ---- the preprocessing
@@ -266,6 +339,7 @@ class ImageFolder:
     def subset(self, chosen):
         """The images of these indices; the classes stay."""
         part = copy.copy(self)
+        vars(part).pop("identity", None)
         part.starts = self.starts[chosen]
         part.labels = None if self.labels is None else self.labels[chosen]
         return part
@@ -302,6 +376,9 @@ def open_folders(data, val, val_images):
     most val_images."""
     root, train = Path(data), ImageFolder(data)
     print_0(train)
+    if not has_decode_jpeg():
+        print_0("NOTE: torchvision is built without libjpeg: PIL decodes JPEG files, in twice the "
+                "time")
     classes = train.classes
     if val is None and root.name == "train" and root.with_name("val").is_dir():
         val = root.with_name("val")
@@ -438,15 +515,55 @@ def batches(dataset, order, workers, device):
         yield batch
 
 
-def check_images(sets, size, workers, rank=0, world=1):
-    """--check-data: decodes every image, by all ranks. UserError: the unreadable ones."""
-    bad = []
-    for data in sets:
-        order = in_order(len(data), 32)[rank::world]
-        loader = DataLoader(Crops(data, size), batch_sampler=order, num_workers=workers,
-                            collate_fn=list)
-        for items in tqdm(loader, "checking images", disable=rank != 0, mininterval=1):
-            bad += [str(item) for item in items if isinstance(item, UserError)]
-    bad = [text for part in gather(bad) for text in part]
-    if bad:
-        raise UserError(f"{len(bad)} unreadable images: {'; '.join(bad[:20])}")
+def check_images(sets, args, rank=0, world=1):
+    """--check-data, --skip-unreadable: all ranks decode all images. unreadable.json in --out then
+    names those that cannot be, with the reason, for each list of images.
+
+    Returns the sets, with --skip-unreadable without these images. That takes them from the file
+    where it is there, so that a resume sees the same images. UserError: there are some and the flag
+    is not given, or more than 1 % of a set."""
+    record, known = Path(args.out) / "unreadable.json", {}
+    if args.skip_unreadable and not args.check_data and not args.overwrite:
+        known = on_rank_0(read_record, record)
+    for images in sets:
+        if images.identity not in known:
+            known[images.identity] = unreadable(images, args, rank, world)
+    if rank == 0:
+        write_atomically(record, lambda f: f.write(json.dumps(known, indent=1).encode()))
+    readable = []
+    for images in sets:
+        bad = known[images.identity]
+        if bad:
+            text = f"{len(bad)} of {len(images)} images cannot be read, named in {record}"
+            if not args.skip_unreadable:
+                raise UserError(f"{text}, such as {next(iter(bad.values()))}; --skip-unreadable "
+                                "goes on without them")
+            if 100 * len(bad) > len(images):
+                raise UserError(f"{text}: more than 1 %")
+            print_0(f"left out: {text}")
+            images = images.subset([i for i in range(len(images))
+                                    if os.fsdecode(images.name(i)) not in bad])
+        readable.append(images)
+    return readable
+
+
+def read_record(path):
+    if not path.exists():
+        return {}
+    with reading(path, "record"):
+        return {str(k): dict(names) for k, names in json.loads(path.read_text()).items()}
+
+
+def unreadable(images, args, rank, world):
+    """name -> error of the images that cannot be decoded."""
+    bad, order = {}, ranges(len(images), 32)[rank::world]
+    loader = DataLoader(Crops(images, args.size), num_workers=args.workers, collate_fn=list,
+                        batch_sampler=([(0, i) for i in batch] for batch in order))
+    bar = tqdm(loader, "checking images", len(order), disable=rank != 0, mininterval=1)
+    for batch, items in zip(order, bar):
+        for i, item in zip(batch, items):
+            if isinstance(item, SystemFailure):
+                raise item
+            if isinstance(item, UserError):
+                bad[os.fsdecode(images.name(i))] = str(item)
+    return {name: text for part in gather(bad) for name, text in sorted(part.items())}

@@ -427,6 +427,10 @@ class Parser(argparse.ArgumentParser):
         add("--data", help="folder of images, one folder per class or flat; 'shapes': built in")
         add("--val", help="folder of held-out images (default: `val` beside a folder `train`, else "
                           "5%% of the files)")
+        add("--check-data", action="store_true",
+            help="first decode all images; unreadable.json in --out names those that cannot be")
+        add("--skip-unreadable", action="store_true",
+            help="the same, once, and train without them; at most 1 %%")
         add("--val-images", type=count, help="held-out images at most")
         add("--steps", type=count)
         add("--batch-size", type=count, help="global: over all ranks and micro-batches")

@@ -17,11 +17,13 @@ import math
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import zlib
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,6 +190,18 @@ def load_both_ways(path):
         raise
     assert np.array_equal(data.load_pixels(path).permute(1, 2, 0), img)
     return img
+
+
+def png_chunk(kind, content):
+    crc = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+def png_of(width, height, pixels=b"", chunk=b"", depth=8):
+    """A PNG file by hand: its header may claim anything. chunk: a further one, after the header."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(pixels))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk + pixels + png_chunk(b"IEND", b"")
 
 
 def write_shapes(root, n=24, size=32):
@@ -641,8 +655,6 @@ def test_images():
         loaded = data.load_image(TMP / f"m.{suffix}")
         assert loaded.mode == "RGB" and loaded.size == (30, 20), mode
         assert mode not in ("RGB", "RGBA") or np.array_equal(loaded, rgb)
-    Image.fromarray(np.full((4, 4), 257 * 100, np.uint16)).save(TMP / "m.png")
-    assert np.array(data.load_image(TMP / "m.png")).max() == 100
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(TMP / "m.png")
     assert np.array(data.load_image(TMP / "m.png")).min() == 255
     exif = Image.Exif()
@@ -658,6 +670,58 @@ def test_images():
     assert torch.equal(corner, torch.tensor([200, 100, 50.0]) / 127.5 - 1)
     levels = torch.arange(256).byte().view(1, 1, 16, 16).expand(1, 3, -1, -1)
     assert np.array_equal(data.to_uint8(data.to_tensor(levels))[0, ..., 0], levels[0, 0])
+
+
+def tiff_12(pixels):
+    """A TIFF file of 12 bits a pixel, by hand: two pixels in three bytes."""
+    pairs = zip(pixels.flat[::2], pixels.flat[1::2])
+    content = b"".join((int(a) << 12 | int(b)).to_bytes(3, "big") for a, b in pairs)
+    (h, w), at = pixels.shape, 8 + 2 + 9 * 12 + 4
+    tags = {256: w, 257: h, 258: 12, 259: 1, 262: 1, 273: at, 277: 1, 278: h, 279: len(content)}
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0\x08\0\0\0\x09\0" + table + bytes(4) + content
+
+
+def test_more_than_8_bits():
+    """White is 1 of floats, 65535 of 16 bits, 4095 where a TIFF says 12 bits. What would come out
+    black, or white, is refused: 12 bits in 16, other floats, 32 bits."""
+    ramp = np.array([[0, 0.25], [0.5, 1]])
+
+    def load(values, suffix="tif"):
+        path = TMP / f"deep.{suffix}"
+        if isinstance(values, bytes):
+            path.write_bytes(values)
+        else:
+            Image.fromarray(values).save(path)
+        return np.array(load_both_ways(path))[..., 0].tolist()
+
+    want = (255 * ramp).astype(int).tolist()
+    half = [[0, 64], [128, 255]]  # rounded, as floats are
+    assert load(ramp.astype(np.float32)) == half
+    for suffix in ("tif", "png"):
+        assert load((65535 * ramp).astype(np.uint16), suffix) == want
+        assert load(np.uint16([[0, 4096]]), suffix) == [[0, 15]]
+        assert load(np.zeros((2, 2), np.uint16), suffix) == [[0, 0], [0, 0]]
+        with refused("deep", "at most 12 bits"):
+            load((4095 * ramp).astype(np.uint16), suffix)
+    assert load((65535 * ramp).astype(np.int32)) == want
+    assert load(tiff_12((4095 * ramp).astype(int))) == want
+    pgm = b"P5 2 2 4095 " + (4095 * ramp).astype(">u2").tobytes()
+    assert load(pgm, "pgm") == want  # its header says what white is
+    for wrong in (255 * ramp, ramp - 0.1, ramp * np.nan):
+        with refused("deep.tif", "floats from", "[0, 1]"):
+            load(wrong.astype(np.float32))
+    for wrong in ([[0, 65536]], [[-1, 5]]):
+        with refused("deep.tif", "integers from"):
+            load(np.int32(wrong))
+    for white, expected in ((65535, 255), (4095, None)):  # colours: by hand, PIL does not write them
+        rows = b"".join(b"\0" + struct.pack(">3H", white, 0, white) for _ in range(2))
+        png = png_of(1, 2, rows, depth=16)
+        if expected:
+            assert load(png, "png") == [[255], [255]]
+        else:
+            with refused("deep.png", "at most 12 bits"):
+                load(png, "png")
 
 
 def test_crops():
@@ -769,13 +833,37 @@ def test_held_out():
 
 
 def test_unreadable():
-    """A broken image is named, before its batch, or by --check-data."""
-    root = files_in(TMP / "broken", "a/1.png", "b/2.png", "b/3.png")
-    (root / "a" / "1.png").write_bytes(b"not an image")
-    images = data.ImageFolder(root)
+    """A broken image is named before its batch. --check-data names all of them in a file;
+    --skip-unreadable goes on without them, the same way again, if they are at most 1 %."""
+    root = files_in(TMP / "broken", *(f"{c}/{i}.png" for c in "ab" for i in range(101)))
+    good, _, _ = opened(root, root, 1)
+    for name in ("a/0.png", "b/7.png"):
+        (root / name).write_bytes(b"not an image")
+    images, held_out, _ = opened(root, root, 1)
     batches = data.batches(data.Crops(images, 16), data.in_order(3, 3), 0, CPU)
-    assert "1.png" in error_of(next, batches)
-    assert "1 unreadable" in error_of(data.check_images, [images], 16, 0)
+    assert "a/0.png" in error_of(next, batches)
+
+    (TMP / "check").mkdir()
+    args = SimpleNamespace(out=TMP / "check", size=16, workers=0, check_data=True,
+                           skip_unreadable=False, overwrite=False)
+    record = TMP / "check" / "unreadable.json"
+    with refused("2 of 202 images", str(record), "a/0.png", "--skip-unreadable"):
+        data.check_images([images, held_out], args)
+    assert list(json.loads(record.read_text())[images.identity]) == ["a/0.png", "b/7.png"]
+    args.check_data, args.skip_unreadable = False, True
+    with patch.object(data, "unreadable", None):  # the file serves
+        left, same_left = data.check_images([images, held_out], args)
+    assert names(left) == names(same_left) == [
+        name for name in names(images) if name not in ("a/0.png", "b/7.png")]
+    assert left.labels.tolist() == [0] * 100 + [1] * 100 and left.classes == ["a", "b"]
+    record.unlink()
+    args.workers = 2
+    again, = data.check_images([good], args)
+    assert again.identity == left.identity != images.identity
+    record.unlink()
+    (root / "b" / "8.png").write_bytes(b"")
+    with refused("3 of 202 images", "more than 1 %"):
+        data.check_images([images], args)
 
 
 def test_order():

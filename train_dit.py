@@ -39,6 +39,7 @@ from data import (
     ShuffledBatches,
     batches,
     center_crop,
+    check_images,
     on_rank_0,
     open_folders,
     rng,
@@ -164,7 +165,7 @@ def cached_latents(path, tokenizer, data, args, device):
         missing = array.missing(args.encode_batch)
         gib = n * 4 * tokenizer.d * side ** 2 / 2 ** 30
         print_0(f"encoding {n} images, original and flipped, into {path} ({gib:.2f} GiB)")
-        order = [[(0, i) for i in batch] for batch in missing]
+        order = ([(0, i) for i in batch] for batch in missing)
         stream = batches(crops, order, args.workers, device)
         bar = tqdm(stream, "encoding", len(missing), disable=array.rank != 0, mininterval=1)
         for batch, (x, _) in zip(missing, bar):
@@ -320,6 +321,8 @@ def main(argv=None):
             data, _ = toy.open_shapes(args.val, args.size, args.val_images)
         else:
             data, _ = on_rank_0(open_folders, args.data, args.val, args.val_images)
+        if args.check_data or args.skip_unreadable:
+            data, = check_images([data], args, rank, world)
         s, latents = set_up(args, run, data, device)
         run.resume(s)
         train(args, run, s, training_latents(s, args, run, data, latents, world, device))

@@ -460,7 +460,6 @@ def parse(argv=None):
     add("--disc-start", type=index, help="step, counted through the stages, that begins the GAN")
     add("--encode-images", "--probe-images", type=count,
         help="training images for a stage's latent statistics and probe")
-    add("--check-data", action="store_true", help="first name the images that cannot be decoded")
     args = p.fill(argv, PRESETS)
 
     args.encoder_given = "encoder" in args.given
@@ -491,8 +490,6 @@ def main(argv=None):
         data, held_out = toy.open_shapes(args.val, args.size, args.val_images)
     else:
         data, held_out = on_rank_0(open_folders, args.data, args.val, args.val_images)
-    if args.check_data:
-        check_images([data, held_out], args.size, args.workers, args.rank, args.world)
     lpips = None
     if args.w_p > 0:
         with runs.rank_0_first():
@@ -501,6 +498,8 @@ def main(argv=None):
         print_0("w_p = 0: no perceptual loss (it takes --vgg16 and --lpips-heads)")
     began = time.time()
     with runs.Run(args.out, args.rank, COLUMNS) as run:
+        if args.check_data or args.skip_unreadable:
+            data, held_out = check_images([data, held_out], args, args.rank, args.world)
         for stage in stages:
             train_stage(stage, args, run, data, held_out, lpips, device)
     print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
