@@ -250,13 +250,13 @@ def list_images(root):
         names = []
         with os.scandir(folder) as entries:
             for entry in entries:
-                name, suffix = entry.name, os.path.splitext(entry.name)[1].lower()
-                hidden = name.startswith(".")
+                name = entry.name
+                hidden, suffix = name.startswith("."), name[name.rfind("."):].lower()
                 # no link to a file is followed: that would take a stat each
                 if suffix in IMAGE_TYPES and not hidden and not entry.is_dir(follow_symlinks=False):
                     names.append(name)
                 elif not entry.is_dir():
-                    ignored["hidden" if hidden else f"of {suffix}" if suffix
+                    ignored["hidden" if hidden else f"of {suffix}" if "." in name
                             else "without suffix"] += 1
                 elif hidden or name.startswith("__") or name.lower() in SYSTEM_FOLDERS:
                     ignored["hidden or system folders"] += 1

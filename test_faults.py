@@ -1133,6 +1133,48 @@ def slow_one_rank_fails():
     return ", ".join(f"{fault} {s:.0f} s" for fault, s in seconds.items())
 
 
+START_METHOD = """
+import importlib, multiprocessing, sys
+if __name__ == "__main__":
+    import runs
+    multiprocessing.set_start_method(sys.argv.pop(1))
+    runs.launch(importlib.import_module(sys.argv.pop(1)[:-3]).main)
+"""
+
+
+def test_forkserver():
+    """A loader's workers that are no forks (Python 3.14's default): the same bits."""
+    with folder() as d:
+        script = d / "start.py"
+        script.write_text(START_METHOD)
+        dit = ["--preset", "tiny", "--steps", "1", "--batch-size", "8", "--size", "32", "--dtype",
+               "fp32", "--tokenizer", save_tokenizer(small_tokenizer(), d / "t.pt"),
+               "--data", write_shapes(d / "data"), "--val", write_shapes(d / "val", 2)]
+        execute(train_dit, *dit, "--out", d / "none")
+        complete(script, "forkserver", "train_dit.py", *dit, "--workers", 1, "--out", d / "one")
+        assert_alike(d / "none", d / "one")
+
+
+RANK_1_LISTS_NOTHING = """
+if os.environ["RANK"] == "1":
+    data.list_images = None
+"""
+
+
+def slow_ranks_share_the_list():
+    """Rank 0 alone lists the images; what is wrong with the folder ends all ranks."""
+    with folder() as d:
+        script = driver(d / "driver.py", RANK_1_LISTS_NOTHING)
+        dit = [script, "train_dit.py", "--preset", "tiny", "--steps", "1", "--batch-size", "8",
+               "--size", "32", "--tokenizer", save_tokenizer(small_tokenizer(), d / "t.pt")]
+        write_shapes(d / "data")
+        complete(*dit, "--data", d / "data", "--skip-unreadable", "--out", d / "out", ranks=2)
+        assert (d / "out" / "dit_step00000001.pt").exists()
+        process = start(*dit, "--data", d / "nowhere", "--out", d / "b", ranks=2)
+        assert "data folder not found" in end(process, 60)
+        assert process.returncode
+
+
 def slow_workers():
     """0, 1 and 4 loader's workers: the same bits."""
     with folder() as d:

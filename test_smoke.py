@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import struct
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+import tracemalloc
 import zlib
 from itertools import chain
 from pathlib import Path
@@ -832,6 +834,23 @@ def test_held_out():
     assert opened(tiny / "train", tiny / "val" / "images", 1)[1].labels is None
 
 
+def test_many_files():
+    """The names of n images take their bytes and 12 more each: no str, whose count of references a
+    loader's worker would change, and copy the memory."""
+    root, n = TMP / "many", 3000
+    (root / "n01440764").mkdir(parents=True)
+    for i in range(n):
+        (root / "n01440764" / f"n01440764_{i:05d}.JPEG").touch()
+    tracemalloc.start()
+    images = data.ImageFolder(root)
+    part = images.subset(np.arange(1, n))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    name = "n01440764/n01440764_00000.JPEG"
+    assert used / n < len(name) + 1 + 2 * 12 + 8, used / n  # 8: the rest, of any n
+    assert images.path(0) == f"{root}/{name}" and part.path(0) == images.path(1)
+
+
 def test_unreadable():
     """A broken image is named before its batch. --check-data names all of them in a file;
     --skip-unreadable goes on without them, the same way again, if they are at most 1 %."""
@@ -1584,6 +1603,23 @@ def test_train_dit():
                 execute(train_dit, *ours, "--steps", 4, "--out", a, *flags)
         with refused("missing.pt"):  # on the built-in shapes
             execute(train_dit, "--preset", "tiny", "--tokenizer", "missing.pt", "--out", d / "c")
+
+
+def test_workers_open_the_latents():
+    """What a worker that is not a fork receives: the path of the memory map, not its content."""
+    path, args = TMP / "map.npy", SimpleNamespace(label_drop=0.5, size=32, seed=0)
+    latents = np.lib.format.open_memmap(path, "w+", np.float16, (999, 2, 8, 16, 16))
+    latents[:] = 3
+    latents.flush()
+    latents = np.load(path, mmap_mode="r")
+    ours = train_dit.FlowData(Shapes(n=999, size=32), latents, (8, 16, 16), 12, args)
+    sent = pickle.dumps(ours)
+    assert latents.nbytes > 8e6 and len(sent) < 1e4
+    theirs = pickle.loads(sent)
+    assert isinstance(theirs.latents, np.memmap)
+    assert all(same(ours[0, i], theirs[0, i]) is None for i in (0, 998))
+    fresh = train_dit.FlowData(Shapes(n=9, size=32), None, (8, 2, 2), 12, args)
+    assert same(fresh[1, 5], pickle.loads(pickle.dumps(fresh))[1, 5]) is None
 
 
 def test_loss_by_time():

@@ -192,7 +192,8 @@ class FlowData(Dataset):
     dropped. normal ~ N(0, 1) makes t. z1: noise (d, h, w)."""
 
     def __init__(self, data, latents, shape, num_classes, args):
-        self.data, self.latents, self.shape = data, latents, shape
+        self.data = data if latents is None else None
+        self.labels, self.latents, self.shape = data.labels, latents, shape
         self.num_classes, self.label_drop = num_classes, args.label_drop
         self.size, self.seed = args.size, args.seed
 
@@ -212,8 +213,16 @@ class FlowData(Dataset):
             if flip:
                 x = x.flip(2)
         K = self.num_classes
-        y = K if dropped or not K else int(self.data.labels[i])
+        y = K if dropped or not K else int(self.labels[i])
         return x, y, normal, z1
+
+    def __getstate__(self):
+        """A worker that is not a fork opens the memory map itself: pickled, it would be copied."""
+        return vars(self) | {"latents": self.latents is not None and self.latents.filename}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.latents = np.load(self.latents, mmap_mode="r") if self.latents else None
 
 
 # ---- set up
