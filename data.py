@@ -331,7 +331,8 @@ class ImageFolder:
         text = f"{len(self):,} images"
         if self.classes:
             few = [self.classes[0], *["..."] * (len(self.classes) > 2), *self.classes[1:][-1:]]
-            text = f"{len(self.classes):,} classes ({' '.join(few)}), {text}"
+            K = len(self.classes)
+            text = f"{K:,} class{'es' * (K > 1)} ({' '.join(few)}), {text}"
         if self.ignored:
             text += "; ignored: " + ", ".join(f"{n} {kind}" for kind, n in self.ignored.items())
         return f"{self.root}: {text}"
@@ -401,7 +402,7 @@ def open_folders(data, val, val_images):
     if train.classes:
         counts = np.bincount(train.labels, minlength=len(train.classes))
         if empty := [train.classes[i] for i in np.flatnonzero(counts == 0)]:
-            print_0(f"NOTE: {len(empty)} classes have no training image: {shown(empty)}")
+            print_0(f"NOTE: no training image in {len(empty)} of the classes: {shown(empty)}")
     return train, held_out
 
 

@@ -785,6 +785,7 @@ def test_folders():
     assert images.classes == ["a", "a-b", "b", "c"]  # c is empty: no number moves
     assert names(images) == ["a-b/1.jfif", "a/1.png", "a/deep/3.PNG", "b/2.png"]
     assert images.labels.tolist() == [1, 0, 0, 2]
+    assert [data.Crops(images, 16)[0, i][1] for i in range(4)] == [1, 0, 0, 2]
     for text in ("4 classes (a ... c), 4 images", "2 of .txt", "1 without suffix", "2 hidden",
                  "5 hidden or system folders"):
         assert text in str(images), (text, str(images))
@@ -815,7 +816,7 @@ def test_held_out():
     one = files_in(TMP / "one", *(f"{c}/1.png" for c in "abcd"))
     train, held_out, said = opened(one, None, 10)
     lost, = set("abcd") - {name[0] for name in names(train)}
-    assert f"1 classes have no training image: {lost}" in said
+    assert f"no training image in 1 of the classes: {lost}" in said
     assert ["abcd"[c] for c in train.labels] == [name[0] for name in names(train)]
 
     beside = files_in(TMP / "beside", "train/a/1.png", "train/b/1.png", "val/b/9.png", "val/b/8.png")
