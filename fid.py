@@ -44,6 +44,7 @@ from data import (
     batches,
     center_crop,
     in_order,
+    on_rank_0,
     to_pixels,
     to_uint8,
 )
@@ -494,15 +495,15 @@ def read_array(npz, name):
 
 class ImageSet:
     """REF, SAMPLES or DATA: n images, statistics, or both. Errors: UserError. size: of centre crops
-    (None: none, and all images have one size). split: of `shapes`."""
+    (None: none, and all images have one size). split: of `shapes`. classes: see ImageFolder."""
 
-    def __init__(self, path, size=None, split="train"):
+    def __init__(self, path, size=None, split="train", classes=()):
         self.path, self.size, self.side = str(path), size, (size, size)
         self.data, self.statistics, self.n = None, {}, 0
         if path == "shapes":
             self.data = Shapes(split, 8192 if split == "train" else 512, size or 64)
         elif Path(path).is_dir():
-            self.data = ImageFolder(path)
+            self.data = ImageFolder(path, classes)
         elif zipfile.is_zipfile(path):
             self._open_npz()
         else:
@@ -564,17 +565,17 @@ class ImageSet:
         return to_pixels(center_crop(img, self.size) if self.size else img)
 
     def __getitem__(self, item):
-        """(0, i) -> (uint8 (3, H, W), i), or an error as its text, as data.Crops."""
+        """(0, i) -> (uint8 (3, H, W), i), or a UserError, as data.Crops."""
         i = item[1]
         try:
             img = self.data.image(i)
         except UserError as e:
-            return str(e)
+            return e
         if not self.size and img.size != self.side:
             W, H = self.side
-            return (f"images of different sizes: {self.data.files[0]} is {W}x{H}, "
-                    f"{self.data.files[i]} is {img.width}x{img.height}; "
-                    "--size N centre-crops all to N")
+            return UserError(f"images of different sizes: {self.data.path(0)} is {W}x{H}, "
+                             f"{self.data.path(i)} is {img.width}x{img.height}; "
+                             "--size N centre-crops all to N")
         return self._prepare(img), i
 
     def read(self, args, rank, world, device):
@@ -655,7 +656,8 @@ class Report:
 
 def evaluate(args, rank, world, device):
     """REF SAMPLES: every metric of generated images. With --save-stats REF may stand alone."""
-    sets = {name: ImageSet(path, args.size) for name, path in zip(("REF", "SAMPLES"), args.paths)}
+    sets = {name: on_rank_0(ImageSet, path, args.size)
+            for name, path in zip(("REF", "SAMPLES"), args.paths)}
     report = Report(**{name: images.path for name, images in sets.items()})
     inception = args.features == "inception"
     offered = ["fid", "sfid", "is", "pr", "kid"] if inception else ["fid", "pr", "kid"]
@@ -815,7 +817,7 @@ def reconstruction(args, rank, world, device):
     centre-cropped images."""
     metrics = choose(args.metrics, ["rfid", "psnr", "ssim", "lpips"])
     tokenizer, size = open_tokenizer(args.recon[0], args.size, device)
-    images = ImageSet(args.recon[1], size, "val")
+    images = on_rank_0(ImageSet, args.recon[1], size, "val")
     n = images.n
     if not n:
         raise UserError(f"--recon: {images.path} holds no images")
@@ -869,10 +871,13 @@ def probe(args, rank, world, device):
         return
     path, *folders = args.probe
     tokenizer, size = open_tokenizer(path, args.size, device)
-    sets = [ImageSet(folder, size, split).data for folder, split in zip(folders, ("train", "val"))]
-    labelled = all(data is not None and data.labels for data in sets)
-    if not labelled or sets[0].classes != sets[1].classes:
-        raise UserError("--probe: TRAIN and VAL must hold the same class folders, or be shapes")
+    sets, classes = [], None
+    for folder, split in zip(folders, ("train", "val")):
+        data = ImageSet(folder, size, split, classes).data
+        if data is None or data.labels is None:
+            raise UserError(f"--probe: {folder} must hold the class folders, or be shapes")
+        sets.append(data)
+        classes = data.classes
     train, val = (encode_images(tokenizer, data, size, len(data), args.workers, device,
                                 args.batch_size) for data in sets)
     x, val_x = (e.tokens if args.tokens else e.latents for e in (train, val))

@@ -5,6 +5,7 @@ What the user can mend is a UserError, one line that names the file. No code is 
 file. What is written appears under its name only when it is whole.
 """
 import contextlib
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -15,6 +16,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 import urllib.request
 import warnings
 import zipfile
@@ -44,6 +46,10 @@ class UserError(Exception):
     """What the user can mend; the scripts print it as one line and exit with status 1."""
 
 
+class SystemFailure(UserError):
+    """What the system refuses: no fault of a file's."""
+
+
 def print_0(text):
     """Prints on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
@@ -60,24 +66,36 @@ def gather(value):
 
 
 def sha256(path):
-    with open(path, "rb") as f:
+    with reading(path, "file"), open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---- reading
 
+def system_failure(e):
+    """What the system says, where an error is its own: no permission, file handles or memory left,
+    a network file system's error. Else None."""
+    if isinstance(e, OSError) and e.errno and e.errno != errno.EINVAL:  # a damaged zip may seek < 0
+        return e.strerror
+    no_memory = isinstance(e, MemoryError) or "can't allocate memory" in str(e)
+    return "out of memory" if no_memory else None
+
+
 @contextlib.contextmanager
 def reading(path, kind):
     """Whatever goes wrong inside it becomes a UserError that names the file. kind: what the file
     should be, such as "checkpoint"."""
-    if not os.path.isfile(path):  # opening a pipe would wait for its other end
-        raise UserError(f"{path} is not a file" if os.path.exists(path)
-                        else f"{kind} not found: {path}")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
+            raise UserError(f"{path} is not a file")
         yield
     except UserError:
         raise
+    except FileNotFoundError:
+        raise UserError(f"{kind} not found: {path}") from None
     except Exception as e:  # a decoder may raise anything
+        if failure := system_failure(e):
+            raise SystemFailure(f"cannot read {kind} {path}: {failure}") from e
         tells = isinstance(e, (ValueError, OSError)) and str(e)
         reason = f"{'' if tells else type(e).__name__ + ' '}{e}".splitlines()[0].strip()[:200]
         raise UserError(f"unreadable {kind} {path} (damaged, or not what it should be): "

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from files import (
+    SystemFailure,
     UserError,
     check_same,
     gather,
@@ -303,6 +304,8 @@ class Run:
                 content = load_file(path)
                 if not isinstance(content.get("recipe"), dict):
                     raise UserError(f"{path} is no checkpoint to resume from")
+            except SystemFailure:
+                raise
             except UserError as e:
                 print(f"WARNING: {e}; trying the checkpoint before it", file=sys.stderr)
                 continue
@@ -320,7 +323,8 @@ class Run:
             check_weights(network, self, s.prefix)
         content = {k: part.state_dict() for k, part in (s.networks | s.optimisers).items()}
         content |= {"step": s.step, "recipe": s.recipe, "meter": s.meter.state(),
-                    "rng": rng_states(), "arguments": next(iter(s.networks.values())).arguments}
+                    "rng": rng_states(), "arguments": next(iter(s.networks.values())).arguments,
+                    "classes": s.classes}
         path = self.out / f"{s.prefix}_step{s.step:08d}.pt"
         if self.rank == 0:
             save_checkpoint(path, content)
@@ -511,6 +515,10 @@ class Parser(argparse.ArgumentParser):
         add("--data", help="folder of images, one folder per class or flat; 'shapes': built in")
         add("--val", help="folder of held-out images (default: `val` beside a folder `train`, else "
                           "5%% of the files)")
+        add("--check-data", action="store_true",
+            help="first decode all images; unreadable.json in --out names those that cannot be")
+        add("--skip-unreadable", action="store_true",
+            help="the same, once, and train without them; at most 1 %%")
         add("--val-images", type=count, help="held-out images at most")
         add("--steps", type=count)
         add("--batch-size", type=count, help="global: over all ranks and micro-batches")

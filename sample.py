@@ -15,6 +15,7 @@ size and number of processes. The same command completes what is missing in --ou
 
 Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 """
+import difflib
 import itertools
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 import runs
 from baselines import VAE
-from data import rng, save_grid, to_uint8
+from data import rng, save_grid, shown, to_uint8
 from files import (
     BatchedArray,
     UserError,
@@ -125,9 +126,9 @@ def generate(model, tokenizer, indices, labels, seed, times, method="euler", dty
     return images, (velocity.conditional, velocity.unconditional)
 
 
-def choose_labels(spec, num_classes, num, seed):
-    """The classes of images 0 to num-1: `balanced` (0, 1, ..., K-1, 0, ...), `random`, or a list
-    such as 3,3,7, repeated. None for an unconditional model."""
+def choose_labels(spec, num_classes, num, seed, names=()):
+    """The classes of images 0 to num-1: `balanced` (0, 1, ..., K-1, 0, ...), `random`, or a list of
+    numbers and names, such as 3,3,dog, repeated. None for an unconditional model."""
     if not num_classes:
         if spec != "balanced":
             raise UserError(f"--labels {spec}: this generator is unconditional")
@@ -136,14 +137,27 @@ def choose_labels(spec, num_classes, num, seed):
         return np.arange(num) % num_classes
     if spec == "random":
         return np.array([rng(seed, "label", i).integers(num_classes) for i in range(num)])
-    try:
-        chosen = np.array([int(c) for c in spec.split(",")])
-    except ValueError:
-        raise UserError(
-            f"--labels takes balanced, random, or classes such as 3,3,7; not {spec}") from None
-    if chosen.min() < 0 or chosen.max() >= num_classes:
+    chosen = []
+    for c in spec.split(","):
+        try:
+            chosen.append(int(c))  # what looks like a number is one, whatever the classes are named
+        except ValueError:
+            if c not in names:
+                close = difflib.get_close_matches(c, names, cutoff=0.5)
+                raise UserError(
+                    f"--labels {spec}: no class is named {c!r}"
+                    + (f"; close to it: {', '.join(close)}" if close else "")
+                    + ("" if names else "; the generator has no names, its classes are 0 to "
+                       f"{num_classes - 1}")) from None
+            chosen.append(names.index(c))
+    if min(chosen) < 0 or max(chosen) >= num_classes:
         raise UserError(f"--labels {spec}: the generator's classes are 0 to {num_classes - 1}")
-    return chosen[np.arange(num) % len(chosen)]
+    return np.array(chosen)[np.arange(num) % len(chosen)]
+
+
+def name_labels(labels, names, most=12):
+    """What is drawn, such as "3 = dog, 7 = cat and 2 more"."""
+    return shown([f"{c} = {names[c]}" for c in np.unique(labels)], most)
 
 
 # ---- checkpoints, results
@@ -162,9 +176,14 @@ def load_dit(path):
 
 
 def load_pair(args):
-    """(generator, tokenizer): they must belong together, and the latents need statistics."""
+    """(generator, tokenizer, names of the classes, if it knows them): they must belong together,
+    and the latents need statistics."""
     path = args.dit
     model, content = load_dit(path)
+    names = content.get("classes") or []
+    if names and not (isinstance(names, list) and len(names) == model.num_classes
+                      and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{path}: its class names are not {model.num_classes} strings")
     tokenizer = load_tokenizer(args.tokenizer, VAE, VFMVAE)
     if tokenizer.d != model.d:
         raise UserError(f"the tokenizer {args.tokenizer} has {tokenizer.d} latent channels, the "
@@ -189,7 +208,7 @@ def load_pair(args):
                                 "channels, finite numbers")
             buffer.copy_(value.flatten())
     require_statistics(tokenizer, args.tokenizer)
-    return model, tokenizer
+    return model, tokenizer, names
 
 
 def grid_rows(images, labels, width=8):
@@ -273,7 +292,7 @@ def parse(argv=None):
     add("--cfg-channels", type=count,
         help="guide the first channels only (3: LightningDiT's rule; default: all)")
     add("--labels", default="balanced",
-        help="balanced, random, or classes such as 3,3,7 (default: %(default)s)")
+        help="balanced, random, or classes by number or name: 3,3,dog (default: %(default)s)")
     add("--seed", type=index, default=0)
     add("--batch-size", type=count, help="images at once in one process")
     add("--out", help="NAME.npz (arr_0, for fid.py and the ADM evaluator) or a folder of PNGs")
@@ -302,10 +321,10 @@ def main(argv=None):
     args = parse(argv)
     rank, world, device = runs.setup_ranks()
     args.dit = Path(args.dit or last_dit())
-    model, tokenizer = load_pair(args)
+    model, tokenizer, names = load_pair(args)
     model.to(device)
     tokenizer.to(device)
-    labels = choose_labels(args.labels, model.num_classes, args.num, args.seed)
+    labels = choose_labels(args.labels, model.num_classes, args.num, args.seed, names)
     dtype, times = runs.autocast_dtype(args.dtype, device), time_grid(args.steps, args.shift)
     guidance = {"cfg": args.cfg, "interval": args.cfg_interval, "channels": args.cfg_channels,
                 "time": args.time or "paper"}
@@ -322,6 +341,8 @@ def main(argv=None):
             f"{model.num_classes or 'no'} classes, {args.method}, {args.steps} steps, shift "
             f"{args.shift:g}, cfg {args.cfg if model.num_classes else 1:g} for t in "
             f"[{lo:g}, {hi:g}], {device.type}, {str(dtype).removeprefix('torch.')}")
+    if names:
+        print_0(f"classes: {name_labels(labels, names)}")
     if args.out:
         recipe = {k: getattr(args, k) for k in (
             "steps", "method", "shift", "cfg", "cfg_interval", "cfg_channels", "labels", "seed",

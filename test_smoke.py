@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import functools
+import hashlib
 import io
 import json
 import math
@@ -24,6 +25,8 @@ import tempfile
 import threading
 import time
 import traceback
+import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -194,6 +197,18 @@ def load_both_ways(path):
         raise
     assert np.array_equal(data.load_pixels(path).permute(1, 2, 0), img)
     return img
+
+
+def png_chunk(kind, content):
+    crc = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+def png_of(width, height, pixels=b"", chunk=b"", depth=8):
+    """A PNG file by hand: its header may claim anything. chunk: a further one, after the header."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(pixels))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk + pixels + png_chunk(b"IEND", b"")
 
 
 def write_shapes(root, n=24, size=32):
@@ -810,8 +825,6 @@ def test_images():
         loaded = data.load_image(TMP / f"m.{suffix}")
         assert loaded.mode == "RGB" and loaded.size == (30, 20), mode
         assert mode not in ("RGB", "RGBA") or np.array_equal(loaded, rgb)
-    Image.fromarray(np.full((4, 4), 257 * 100, np.uint16)).save(TMP / "m.png")
-    assert np.array(data.load_image(TMP / "m.png")).max() == 100
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(TMP / "m.png")
     assert np.array(data.load_image(TMP / "m.png")).min() == 255
     exif = Image.Exif()
@@ -829,6 +842,58 @@ def test_images():
     assert np.array_equal(data.to_uint8(data.to_tensor(levels))[0, ..., 0], levels[0, 0])
     between = torch.tensor([-0.6, 7.4, 7.6, 255.6]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
     assert data.to_uint8(between / 127.5 - 1)[0, ..., 0].flatten().tolist() == [0, 7, 8, 255]
+
+
+def tiff_12(pixels):
+    """A TIFF file of 12 bits a pixel, by hand: two pixels in three bytes."""
+    pairs = zip(pixels.flat[::2], pixels.flat[1::2])
+    content = b"".join((int(a) << 12 | int(b)).to_bytes(3, "big") for a, b in pairs)
+    (h, w), at = pixels.shape, 8 + 2 + 9 * 12 + 4
+    tags = {256: w, 257: h, 258: 12, 259: 1, 262: 1, 273: at, 277: 1, 278: h, 279: len(content)}
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0\x08\0\0\0\x09\0" + table + bytes(4) + content
+
+
+def test_more_than_8_bits():
+    """White is 1 of floats, 65535 of 16 bits, 4095 where a TIFF says 12 bits. What would come out
+    black, or white, is refused: 12 bits in 16, other floats, 32 bits."""
+    ramp = np.array([[0, 0.25], [0.5, 1]])
+
+    def load(values, suffix="tif"):
+        path = TMP / f"deep.{suffix}"
+        if isinstance(values, bytes):
+            path.write_bytes(values)
+        else:
+            Image.fromarray(values).save(path)
+        return np.array(load_both_ways(path))[..., 0].tolist()
+
+    want = (255 * ramp).astype(int).tolist()
+    half = [[0, 64], [128, 255]]  # rounded, as floats are
+    assert load(ramp.astype(np.float32)) == half
+    for suffix in ("tif", "png"):
+        assert load((65535 * ramp).astype(np.uint16), suffix) == want
+        assert load(np.uint16([[0, 4096]]), suffix) == [[0, 15]]
+        assert load(np.zeros((2, 2), np.uint16), suffix) == [[0, 0], [0, 0]]
+        with refused("deep", "at most 12 bits"):
+            load((4095 * ramp).astype(np.uint16), suffix)
+    assert load((65535 * ramp).astype(np.int32)) == want
+    assert load(tiff_12((4095 * ramp).astype(int))) == want
+    pgm = b"P5 2 2 4095 " + (4095 * ramp).astype(">u2").tobytes()
+    assert load(pgm, "pgm") == want  # its header says what white is
+    for wrong in (255 * ramp, ramp - 0.1, ramp * np.nan):
+        with refused("deep.tif", "floats from", "[0, 1]"):
+            load(wrong.astype(np.float32))
+    for wrong in ([[0, 65536]], [[-1, 5]]):
+        with refused("deep.tif", "integers from"):
+            load(np.int32(wrong))
+    for white, expected in ((65535, 255), (4095, None)):  # colours: by hand, PIL does not write them
+        rows = b"".join(b"\0" + struct.pack(">3H", white, 0, white) for _ in range(2))
+        png = png_of(1, 2, rows, depth=16)
+        if expected:
+            assert load(png, "png") == [[255], [255]]
+        else:
+            with refused("deep.png", "at most 12 bits"):
+                load(png, "png")
 
 
 def test_crops():
@@ -874,35 +939,135 @@ def test_crops():
                for crop, top, flip in zip(crops, tops, flips))
 
 
-def test_folders():
-    """Classes and labels of a folder; what is held out; the reader's mistakes, by name."""
-    root = TMP / "folders"
-    for name in ("b/2.png", "a/1.png", "b/deep/3.PNG", ".hidden.png"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20)).save(root / name, "PNG")
-    images = data.ImageFolder(root)
-    assert images.classes == ["a", "b"] and images.labels == [0, 1, 1] and len(images) == 3
-    assert data.ImageFolder(root / "b" / "deep").labels is None
-    train, held_out = data.open_folders(root, None, 10)
-    assert len(train) == 2 and len(held_out) == 1 and not set(train.files) & set(held_out.files)
-    train = write_shapes(TMP / "beside" / "train", 3)
-    write_shapes(TMP / "beside" / "val", 3)
-    assert [len(part) for part in data.open_folders(train, None, 1)] == [3, 3]
-    many = write_shapes(TMP / "many", 60, 8)
-    train, held_out = data.open_folders(many, None, 10)  # 5 %
-    assert len(held_out) == 3 and sorted(train.files + held_out.files) == data.list_images(many)
-    assert not set(held_out.files) & set(data.list_images(many)[:3]), "any, not the first"
-    assert len(data.open_folders(many, None, 2)[1]) == 2
-    train = TMP / "beside" / "train"
-    assert "different classes" in error_of(data.open_folders, train, root, 1)
+def files_in(root, *names):
+    """Files of these names below a folder, images all of them; a name that ends in / is a folder."""
+    for name in names:
+        path = root / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            Image.new("RGB", (20, 20)).save(path, "PNG")
+    return root
 
+
+def opened(*args):
+    """What open_folders returns, and what it says."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        parts = data.open_folders(*args)
+    return *parts, said.getvalue()
+
+
+def names(images):
+    return [images.name(i).decode() for i in range(len(images))]
+
+
+def test_folders():
+    """Classes and labels of a folder, by its sorted names; the reader's mistakes, by name."""
+    root = files_in(TMP / "folders", "b/2.png", "a/1.png", "a/deep/3.PNG", "a-b/1.jfif", ".x.png",
+                    "c/", "a/._1.png", "a/x.txt", "a/README", "b/y.txt", ".ipynb_checkpoints/1.png",
+                    "__MACOSX/1.png", "a/@eaDir/1.png", "lost+found/", "$RECYCLE.BIN/1.png")
+    images = data.ImageFolder(root)
+    assert images.classes == ["a", "a-b", "b", "c"]  # c is empty: no number moves
+    assert names(images) == ["a-b/1.jfif", "a/1.png", "a/deep/3.PNG", "b/2.png"]
+    assert images.labels.tolist() == [1, 0, 0, 2]
+    assert [data.Crops(images, 16)[0, i][1] for i in range(4)] == [1, 0, 0, 2]
+    for text in ("4 classes (a ... c), 4 images", "2 of .txt", "1 without suffix", "2 hidden",
+                 "5 hidden or system folders"):
+        assert text in str(images), (text, str(images))
+    listed = b"a-b/1.jfif\na/1.png\na/deep/3.PNG\nb/2.png"
+    assert images.identity == hashlib.sha256(listed).hexdigest()[:16]
+    flat = data.ImageFolder(root / "a" / "deep")
+    assert flat.labels is None and flat.path(0) == f"{root}/a/deep/3.PNG"
+
+    files_in(root, "cover.png", "none/")
+    with refused("cover.png", "beside class folders"):
+        data.open_folders(root, None, 10)
+    assert len(data.ImageFolder(root, ())) == 5, "figures need no classes"
+    parent = files_in(TMP / "parent", "Val/images/1.png", "train/a/1.png", "annotations/")
+    with refused("no classes", f"give --data {parent}/train"):
+        data.open_folders(parent, None, 10)
     assert "not found" in error_of(data.list_images, root / "nothing")
-    (root / "empty").mkdir()
-    assert "no images" in error_of(data.list_images, root / "empty")
-    (root / "a" / "1.png").write_bytes(b"not an image")
+    assert "no images" in error_of(data.list_images, root / "none")
+
+
+def test_held_out():
+    """5 % of the files, or a folder of the same classes, or of no classes; never other numbers."""
+    root = files_in(TMP / "5", *(f"{c}/{i}.png" for c in "ab" for i in range(30)), "c/1.png")
+    train, held_out, said = opened(root, None, 10)
+    assert len(held_out) == 3 and sorted(names(train) + names(held_out)) == names(data.ImageFolder(root))
+    assert {*held_out.classes, *train.classes} == {"a", "b", "c"} and "3 of them" in said
+    for part in (train, held_out):
+        assert [part.classes[c] for c in part.labels] == [name[0] for name in names(part)]
+    one = files_in(TMP / "one", *(f"{c}/1.png" for c in "abcd"))
+    train, held_out, said = opened(one, None, 10)
+    lost, = set("abcd") - {name[0] for name in names(train)}
+    assert f"no training image in 1 of the classes: {lost}" in said
+    assert ["abcd"[c] for c in train.labels] == [name[0] for name in names(train)]
+
+    beside = files_in(TMP / "beside", "train/a/1.png", "train/b/1.png", "val/b/9.png", "val/b/8.png")
+    train, held_out, said = opened(beside / "train", None, 1)
+    assert (len(train), held_out.labels.tolist()) == (2, [1, 1]) and "NOTE" not in said
+    files_in(beside, "val/c/1.png")
+    with refused("c is no class of the training images"):
+        data.open_folders(beside / "train", None, 1)
+    tiny = files_in(TMP / "tiny", "train/n01/images/1.png", "val/images/1.png")
+    (tiny / "val" / "val_annotations.txt").write_text("1.png\tn01")
+    train, held_out, said = opened(tiny / "train", None, 1)
+    assert held_out.labels is None and len(held_out) == 1 and train.classes == ["n01"]
+    assert "NOTE" in said and "without labels" in said and "probe is left out" in said
+    with refused("images is no class"):  # asked for by name
+        data.open_folders(tiny / "train", tiny / "val", 1)
+    assert opened(tiny / "train", tiny / "val" / "images", 1)[1].labels is None
+
+
+def test_many_files():
+    """The names of n images take their bytes and 12 more each: no str, whose count of references a
+    loader's worker would change, and copy the memory."""
+    root, n = TMP / "many", 3000
+    (root / "n01440764").mkdir(parents=True)
+    for i in range(n):
+        (root / "n01440764" / f"n01440764_{i:05d}.JPEG").touch()
+    tracemalloc.start()
+    images = data.ImageFolder(root)
+    part = images.subset(np.arange(1, n))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    name = "n01440764/n01440764_00000.JPEG"
+    assert used / n < len(name) + 1 + 2 * 12 + 8, used / n  # 8: the rest, of any n
+    assert images.path(0) == f"{root}/{name}" and part.path(0) == images.path(1)
+
+
+def test_unreadable():
+    """A broken image is named before its batch. --check-data names all of them in a file;
+    --skip-unreadable goes on without them, the same way again, if they are at most 1 %."""
+    root = files_in(TMP / "broken", *(f"{c}/{i}.png" for c in "ab" for i in range(101)))
+    good, _, _ = opened(root, root, 1)
+    for name in ("a/0.png", "b/7.png"):
+        (root / name).write_bytes(b"not an image")
+    images, held_out, _ = opened(root, root, 1)
     batches = data.batches(data.Crops(images, 16), data.in_order(3, 3), 0, CPU)
-    assert "1.png" in error_of(next, batches)
-    assert "1 unreadable" in error_of(data.check_images, [images], 16, 0)
+    assert "a/0.png" in error_of(next, batches)
+
+    (TMP / "check").mkdir()
+    args = SimpleNamespace(out=TMP / "check", size=16, workers=0, check_data=True,
+                           skip_unreadable=False, overwrite=False)
+    record = TMP / "check" / "unreadable.json"
+    with refused("2 of 202 images", str(record), "a/0.png", "--skip-unreadable"):
+        data.check_images([images, held_out], args)
+    assert list(json.loads(record.read_text())[images.identity]) == ["a/0.png", "b/7.png"]
+    args.check_data, args.skip_unreadable = False, True
+    with patch.object(data, "unreadable", None):  # the file serves
+        left, same_left = data.check_images([images, held_out], args)
+    assert names(left) == names(same_left) == [
+        name for name in names(images) if name not in ("a/0.png", "b/7.png")]
+    assert left.labels.tolist() == [0] * 100 + [1] * 100 and left.classes == ["a", "b"]
+    record.unlink()
+    args.workers = 2
+    again, = data.check_images([good], args)
+    assert again.identity == left.identity != images.identity
+    record.unlink()
+    (root / "b" / "8.png").write_bytes(b"")
+    with refused("3 of 202 images", "more than 1 %"):
+        data.check_images([images], args)
 
 
 def test_order():
@@ -1734,7 +1899,7 @@ def test_run_folder():
     linear.arguments = {}
     adam = torch.optim.Adam(linear.parameters())
     s = SimpleNamespace(prefix="a", recipe={}, step=0, steps=9, log_every=1, meter=runs.Meter(CPU),
-                        networks={"linear": linear}, optimisers={"adam": adam})
+                        classes=[], networks={"linear": linear}, optimisers={"adam": adam})
     with folder() as d:
         (d / ".a_step00000009.pt.part").write_bytes(b"half")
         log = d / "log.csv"
@@ -2077,6 +2242,7 @@ def test_stages_train_what_they_say():
     out = small_run()
     finals = [load_file(out / f"stage{n}.pt") for n in (1, 2, 3)]
     one, two, three = (final["tokenizer"] for final in finals)
+    assert all(final["classes"] == Shapes(n=1).classes for final in finals)
     torch.manual_seed(int(data.rng(0, "encoder").integers(2 ** 62)))
     begin = load_encoder("random:tiny14")[0].state_dict()
     assert not changed({f"encoder.{k}": v for k, v in begin.items()}, one), "E_p is frozen"
@@ -2410,6 +2576,21 @@ def test_train_dit():
         assert same(*(load_file(out / "dit_step00000004.pt") for out in (a, b))) is None
         assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
 
+        saved = load_file(a / "dit_step00000004.pt")
+        assert saved.pop("classes") == sorted(set(Shapes(n=24).classes)), "names of the folders"
+        (d / "old").mkdir()  # of before there were names
+        save_checkpoint(d / "old" / "dit_step00000004.pt", saved)
+        for out, words in ((a, ["11 = triangle", "3 = cross"]), (d / "old", [])):
+            ends = ["--tokenizer", d / "tok.pt", "--preset", "tiny", "--steps", 1, "--grid",
+                    d / "grid.png", "--dit", out / "dit_step00000004.pt", "-n", 2, "--labels"]
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                execute(sample, *ends, "triangle,cross" if words else "11,3")
+            assert all(word in said.getvalue() for word in words), said.getvalue()
+        execute(train_dit, *ours, "--out", d / "old", "--steps", 5, "--cache", a / "latents.npy")
+        save_checkpoint(d / "old" / "dit.pt", saved | {"classes": ["a", 1]})
+        with refused("dit.pt", "not 12 strings"):
+            execute(sample, "--tokenizer", d / "tok.pt", "--dit", d / "old" / "dit.pt")
+
         tokenizer, cache = small_tokenizer(), np.load(a / "latents.npy", mmap_mode="r")
         images = data.open_folders(d / "data" / "train", None, 1)[0]
         x = data.to_tensor(data.Crops(images, 32)[0, 5][0])
@@ -2422,7 +2603,7 @@ def test_train_dit():
         for i in range(5):
             (z0, *rest), (x, *same_rest) = cached[0, i], fresh[0, i]
             assert same(rest, same_rest) is None
-            assert rest[0] in (12, images.classes.index(Path(images.files[i]).parent.name))
+            assert rest[0] in (12, images.classes.index(Path(images.path(i)).parent.name))
             upright = data.to_tensor(data.Crops(images, 32)[0, i][0])
             assert torch.equal(x, upright) or torch.equal(x, upright.flip(2))
             z = tokenizer.normalize(tokenizer.encode(x[None]))[0]
@@ -2604,6 +2785,23 @@ def test_published_recipes():
         assert {k: args[k] for k in published} == published
 
 
+def test_workers_open_the_latents():
+    """What a worker that is not a fork receives: the path of the memory map, not its content."""
+    path, args = TMP / "map.npy", SimpleNamespace(label_drop=0.5, size=32, seed=0)
+    latents = np.lib.format.open_memmap(path, "w+", np.float16, (999, 2, 8, 16, 16))
+    latents[:] = 3
+    latents.flush()
+    latents = np.load(path, mmap_mode="r")
+    ours = train_dit.FlowData(Shapes(n=999, size=32), latents, (8, 16, 16), 12, args)
+    sent = pickle.dumps(ours)
+    assert latents.nbytes > 8e6 and len(sent) < 1e4
+    theirs = pickle.loads(sent)
+    assert isinstance(theirs.latents, np.memmap)
+    assert all(same(ours[0, i], theirs[0, i]) is None for i in (0, 998))
+    fresh = train_dit.FlowData(Shapes(n=9, size=32), None, (8, 2, 2), 12, args)
+    assert same(fresh[1, 5], pickle.loads(pickle.dumps(fresh))[1, 5]) is None
+
+
 def test_loss_by_time():
     """The squared error in five equal bins of t."""
     t = torch.tensor([0.0, 1.0, 0.25, 0.3])
@@ -2684,8 +2882,14 @@ def test_labels():
     few, many = (sample.choose_labels("random", 10, n, 1) for n in (20, 200))
     assert (many[:20] == few).all() and set(many) == set(range(10))
     assert sample.choose_labels("balanced", 0, 5, 0) is None
+    pets = ["0", "cat", "dog"]
+    assert sample.choose_labels("dog,0,cat", 3, 4, 0, pets).tolist() == [2, 0, 1, 2]
+    assert sample.name_labels(np.array([2, 1, 2]), pets) == "1 = cat, 2 = dog"
+    assert sample.name_labels(np.arange(3), pets, 2) == "0 = 0, 1 = cat and 1 more"
+    with refused("'dgo'", "close to it: dog"):
+        sample.choose_labels("dgo", 3, 5, 0, pets)
     for spec in ("3", "0,-1", "dog"):
-        with refused("--labels", spec):
+        with refused("--labels", spec, "0 to 2"):
             sample.choose_labels(spec, 3, 5, 0)
     assert "unconditional" in error_of(sample.choose_labels, "1", 0, 5, 0)
 

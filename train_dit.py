@@ -39,6 +39,8 @@ from data import (
     ShuffledBatches,
     batches,
     center_crop,
+    check_images,
+    on_rank_0,
     open_folders,
     rng,
     save_grid,
@@ -153,7 +155,9 @@ def cached_latents(path, tokenizer, data, args, device):
     crops, pixels = Crops(data, args.size), hashlib.sha256()
     for i in np.linspace(0, n - 1, min(n, 8)).astype(int):
         item = crops[0, int(i)]
-        pixels.update(item.encode() if isinstance(item, str) else item[0].numpy().tobytes())
+        if isinstance(item, UserError):
+            raise item
+        pixels.update(item[0].numpy().tobytes())
     recipe = {"tokenizer": fingerprint(tokenizer), "data": data.identity,
               "pixels": pixels.hexdigest()[:16], "size": args.size}
     shape = (2, tokenizer.d, side, side)
@@ -162,7 +166,7 @@ def cached_latents(path, tokenizer, data, args, device):
         missing = array.missing(args.encode_batch)
         gib = n * 4 * tokenizer.d * side ** 2 / 2 ** 30
         print_0(f"encoding {n} images, original and flipped, into {path} ({gib:.2f} GiB)")
-        order = [[(0, i) for i in batch] for batch in missing]
+        order = ([(0, i) for i in batch] for batch in missing)
         stream = batches(crops, order, args.workers, device)
         bar = tqdm(stream, "encoding", len(missing), disable=array.rank != 0, mininterval=1)
         for batch, (x, _) in zip(missing, bar):
@@ -189,7 +193,8 @@ class FlowData(Dataset):
     dropped. normal ~ N(0, 1) makes t. z1: noise (d, h, w)."""
 
     def __init__(self, data, latents, shape, num_classes, args):
-        self.data, self.latents, self.shape = data, latents, shape
+        self.data = data if latents is None else None
+        self.labels, self.latents, self.shape = data.labels, latents, shape
         self.num_classes, self.label_drop = num_classes, args.label_drop
         self.size, self.seed = args.size, args.seed
 
@@ -204,13 +209,21 @@ class FlowData(Dataset):
         else:
             try:
                 x = to_tensor(to_pixels(center_crop(self.data.image(i), self.size)))
-            except UserError as e:  # as text: a worker has no better way
-                return str(e)
+            except UserError as e:  # see Crops
+                return e
             if flip:
                 x = x.flip(2)
         K = self.num_classes
-        y = K if dropped or not K else self.data.labels[i]
+        y = K if dropped or not K else int(self.labels[i])
         return x, y, normal, z1
+
+    def __getstate__(self):
+        """A worker that is not a fork opens the memory map itself: pickled, it would be copied."""
+        return vars(self) | {"latents": self.latents is not None and self.latents.filename}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.latents = np.load(self.latents, mmap_mode="r") if self.latents else None
 
 
 # ---- set up
@@ -221,7 +234,7 @@ def set_up(args, run, data, device):
     require_statistics(tokenizer, args.tokenizer)
     if args.size % tokenizer.factor:
         raise UserError(f"--size must be divisible by {tokenizer.factor}, not {args.size}")
-    K = len(data.classes) if data.labels and not args.unconditional else 0
+    K = len(data.classes) if data.labels is not None and not args.unconditional else 0
     latents = None if args.no_cache else cached_latents(
         args.cache or run.out / "latents.npy", tokenizer, data, args, device)
 
@@ -239,8 +252,8 @@ def set_up(args, run, data, device):
         "label_drop", "ema_decay", "seed")}
     s = SimpleNamespace(
         prefix="dit", recipe=recipe, step=0, steps=args.steps, log_every=args.log_every,
-        shown=("mse", "cosine"), tokenizer=tokenizer, model=model, ema=ema, trained=trained,
-        opt=opt, meter=runs.Meter(device), encode=latents is None, dtype=dtype,
+        shown=("mse", "cosine"), classes=data.classes if K else [], tokenizer=tokenizer,
+        model=model, ema=ema, trained=trained, opt=opt, meter=runs.Meter(device), encode=latents is None, dtype=dtype,
         autocast=partial(runs.autocast, device, dtype))
     s.networks, s.optimisers = {"model": model, "ema": ema}, {"opt": opt}  # in a checkpoint
     return s, latents
@@ -313,7 +326,9 @@ def main(argv=None):
         if args.data == "shapes":
             data, _ = toy.open_shapes(args.val, args.size, args.val_images)
         else:
-            data, _ = open_folders(args.data, args.val, args.val_images)
+            data, _ = on_rank_0(open_folders, args.data, args.val, args.val_images)
+        if args.check_data or args.skip_unreadable:
+            data, = check_images([data], args, rank, world)
         s, latents = set_up(args, run, data, device)
         run.resume(s)
         train(args, run, s, training_latents(s, args, run, data, latents, world, device))

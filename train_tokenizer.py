@@ -40,6 +40,7 @@ from data import (
     batches,
     check_images,
     in_order,
+    on_rank_0,
     open_folders,
     rng,
     save_grid,
@@ -203,14 +204,16 @@ def finish_stage(s, args, data, held_out, device, path):
     if s.stage not in LATENTS_STAY:  # else they keep the statistics of the stage before
         result.latent_mean.copy_(train.latent_mean)
         result.latent_std.copy_(train.latent_std)
-    probe_on = train if data.labels and held_out.labels else None
+    labelled = data.labels is not None and held_out.labels is not None
+    probe_on = train if labelled else None
     figures = validate(result, probe_on, held_out, args, device, s.lpips)
     n = min(args.val_images, len(held_out))
     print(f"{path.stem} on {n} held-out images: " + ", ".join(
         f"{k} {v:.4f}" if k in ("rec", "ssim") else f"{k} {v:.2f}" for k, v in figures.items()))
     save_checkpoint(path, {
         "stage": s.stage, "step": s.step, "total_steps": s.steps_before + s.step,
-        "recipe": s.recipe, "arguments": result.arguments, "tokenizer": result.state_dict(),
+        "recipe": s.recipe, "arguments": result.arguments, "classes": s.classes,
+        "tokenizer": result.state_dict(),
         "discriminator": s.discriminator.state_dict(), "opt_d": s.opt_d.state_dict(),
         "validation": figures})
     print(f"saved {path}")
@@ -295,7 +298,8 @@ def set_up_stage(stage, args, run, data, lpips, device):
     s = SimpleNamespace(
         stage=stage, number=number, prefix=prefix(stage, args), recipe=recipe, step=0,
         steps=args.steps_of[stage], steps_before=start.steps, log_every=args.log_every,
-        shown=("rec", "sp", "d_loss"), tokenizer=tokenizer, discriminator=discriminator,
+        shown=("rec", "sp", "d_loss"), classes=data.classes, tokenizer=tokenizer,
+        discriminator=discriminator,
         reference=start.reference, ema=ema, lpips=lpips, opt_g=opt_g, opt_d=opt_d,
         meter=runs.Meter(device), autocast=partial(runs.autocast, device, dtype))
     s.networks = {"tokenizer": tokenizer, "discriminator": discriminator}  # in a checkpoint
@@ -569,7 +573,6 @@ def parse(argv=None):
     add("--disc-start", type=index, help="step, counted through the stages, that begins the GAN")
     add("--encode-images", "--probe-images", type=count,
         help="training images for a stage's latent statistics and probe")
-    add("--check-data", action="store_true", help="first name the images that cannot be decoded")
     args = p.fill(argv, PRESETS)
 
     args.encoder_given, args.stages = "encoder" in args.given, [1, 2, 3]
@@ -639,9 +642,7 @@ def main(argv=None):
     if args.data == "shapes":
         data, held_out = toy.open_shapes(args.val, args.size, args.val_images)
     else:
-        data, held_out = open_folders(args.data, args.val, args.val_images)
-    if args.check_data:
-        check_images([data, held_out], args.size, args.workers, args.rank, args.world)
+        data, held_out = on_rank_0(open_folders, args.data, args.val, args.val_images)
     lpips = None
     if args.w_p is None or args.w_p > 0:
         with runs.rank_0_first():
@@ -651,6 +652,8 @@ def main(argv=None):
     began = time.time()
     columns = COLUMNS + VFM_COLUMNS * (args.model == "vfmvae")
     with runs.Run(args.out, args.rank, columns) as run:
+        if args.check_data or args.skip_unreadable:
+            data, held_out = check_images([data, held_out], args, args.rank, args.world)
         for stage in args.now:
             train_stage(stage, of_stage(args, stage), run, data, held_out, lpips, device)
     print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
