@@ -2412,7 +2412,7 @@ def test_recipe():
 
     harmless = "preset init out data val val_images steps steps_of workers compile checkpointing "
     harmless += "log_every save_every grid_every overwrite vgg16 lpips_heads encode_images "
-    harmless += "check_data pretrain_steps given encoder_given"
+    harmless += "check_data skip_unreadable pretrain_steps given encoder_given stages now dino"
     recipe = load_file(small_run() / "stage1.pt")["recipe"].keys()
     assert vars(args).keys() - harmless.split() == recipe - {
         "fingerprint at the start", "list of images", "lpips"}, "what a resume must repeat"
