@@ -271,7 +271,8 @@ def set_up_stage(stage, args, run, data, lpips, device):
         "ema_decay")}
     seed_torch(args.seed, "stage", stage, run.rank)  # no step draws from it yet
     s = SimpleNamespace(
-        stage=stage, prefix=f"stage{stage}" if stage else args.model, recipe=recipe, step=0,
+        stage=stage, prefix=f"stage{stage}" if stage else args.model, recipe=recipe,
+        may_change=("dtype",), step=0,
         steps=args.steps_of[stage], steps_before=start.steps, log_every=args.log_every,
         shown=("rec", "sp", "d_loss"), tokenizer=tokenizer, discriminator=discriminator,
         reference=start.reference, ema=ema, lpips=lpips, opt_g=opt_g, opt_d=opt_d,
@@ -394,7 +395,7 @@ def resume_stage(s, args, run):
         run.forget(s.prefix)
     if final.exists():
         done = load_file(final)
-        check_same(done["recipe"], s.recipe, final)
+        check_same(done["recipe"], s.recipe, final, may_change=s.may_change)
         if done["step"] >= s.steps:
             print_0(f"{s.prefix} is complete: {final}")
             return True
