@@ -930,9 +930,9 @@ def slow_kills():
 # -------------------------------------------------------------------------- signals, ranks, workers
 
 def slow_signals():
-    """SIGTERM and Ctrl-C, to the process, to its group with the loader's workers, to torchrun
-    alone: a checkpoint at the step boundary, a message, and bit for bit the end of a run that
-    never stopped."""
+    """SIGTERM, Ctrl-C, SIGHUP and SIGUSR1, to the process, to its group with the loader's workers,
+    to torchrun alone, which SIGUSR1 kills: a checkpoint at the step boundary, a message, no process
+    is left, and bit for bit the end of a run that never stopped."""
     tok = ["train_tokenizer.py", *SLOW, "--stage", "2", "--init", small_run() / "stage1.pt",
            "--steps", "12"]
     with folder() as d:
@@ -941,7 +941,9 @@ def slow_signals():
         for command, ranks, workers, number, kill in (
                 (tok, 0, 0, signal.SIGTERM, os.kill), (tok, 0, 2, signal.SIGINT, os.killpg),
                 (dit, 0, 0, signal.SIGINT, os.kill), (dit, 0, 2, signal.SIGTERM, os.killpg),
-                (tok, 2, 1, signal.SIGTERM, os.kill), (dit, 2, 1, signal.SIGTERM, os.kill)):
+                (tok, 0, 2, signal.SIGUSR1, os.killpg), (tok, 0, 2, signal.SIGHUP, os.killpg),
+                (tok, 2, 1, signal.SIGTERM, os.kill), (dit, 2, 1, signal.SIGTERM, os.kill),
+                (tok, 2, 1, signal.SIGUSR1, os.kill), (dit, 2, 1, signal.SIGHUP, os.kill)):
             command = [*command, "--log-every", "1", "--save-every", "99", "--grid-every", "99",
                        "--workers", workers, "--out"]
             complete(*command, d / "a", ranks=ranks)
@@ -951,7 +953,10 @@ def slow_signals():
             kill(process.pid, number)
             text = end(process)
             stops = text.count("stopped by a signal at step")
-            assert process.returncode == 1 and stops == max(1, ranks), text[-3000:]
+            killed = ranks and number == signal.SIGUSR1  # torchrun itself
+            assert process.returncode == (-number if killed else 1), text[-3000:]
+            assert stops == max(1, ranks), text[-3000:]
+            assert not alive()
             # torchrun itself leaves with a traceback
             assert ranks or "Traceback" not in text, text[-3000:]
             stopped, = (d / "b").glob("*_step*.pt")
