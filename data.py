@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from files import (
+    STOP_SIGNALS,
     SystemFailure,
     UserError,
     gather,
@@ -64,7 +65,7 @@ def check_png(path):
         kind = b""
         while kind != b"IEND":
             length, kind = struct.unpack(">I4s", f.read(8))
-            if zlib.crc32(f.read(length), zlib.crc32(kind)) != int.from_bytes(f.read(4)):
+            if zlib.crc32(f.read(length), zlib.crc32(kind)) != int.from_bytes(f.read(4), "big"):
                 raise OSError("truncated, or a chunk's CRC differs")
 
 
@@ -496,7 +497,7 @@ def collate(items):
 def keep_loading(_):
     """In a loader's worker: ignores signals to the whole process group. The main process obeys
     them, and needs its workers until the step is done."""
-    for s in (signal.SIGTERM, signal.SIGINT):
+    for s in STOP_SIGNALS:
         signal.signal(s, signal.SIG_IGN)
 
 

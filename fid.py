@@ -802,9 +802,9 @@ def add_warnings(report, sets, resize):
 
 def open_tokenizer(path, size, device):
     """(tokenizer in eval mode, image side: `size`, else that of its training)."""
-    content = load_file(path, "tokenizer")
+    content = load_file(path, "tokenizer") if os.path.exists(path) else None
+    tokenizer = load_tokenizer(path, VAE, VFMVAE, content=content)
     with reading(path, "tokenizer"):
-        tokenizer = load_tokenizer(path, VAE, VFMVAE, content=content)
         size = size or operator.index(content.get("recipe", {}).get("size", 256))
     if size < 1 or size % tokenizer.factor:
         raise UserError(f"--size must be divisible by {tokenizer.factor}, not {size}")

@@ -6,7 +6,7 @@ file. What is written appears under its name only when it is whole.
 """
 import contextlib
 import errno
-import fcntl
+import functools
 import hashlib
 import http.client
 import io
@@ -16,7 +16,9 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import stat
+import sys
 import urllib.request
 import warnings
 import zipfile
@@ -28,6 +30,15 @@ import torch.distributed as dist
 
 from losses import LPIPS
 from model import ENCODERS, DINOv2, Tokenizer
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# What asks a script to stop. Windows lacks the last two; SLURM's --signal sends the last.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+                if hasattr(signal, name)]
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # IMAGENET1K_V1
 VGG16_SHA256 = "397923af"  # its first characters, as in torch hub's file names
@@ -56,6 +67,12 @@ def print_0(text):
         print(text, flush=True)
 
 
+def warn(text):
+    """Says it on stderr, on the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"WARNING: {text}", file=sys.stderr, flush=True)
+
+
 def gather(value):
     """The list of all ranks' values."""
     if not dist.is_initialized():
@@ -66,8 +83,11 @@ def gather(value):
 
 
 def sha256(path):
+    digest = hashlib.sha256()
     with reading(path, "file"), open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while part := f.read(2 ** 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 # ---- reading
@@ -183,11 +203,18 @@ def build(cls, arguments, state, path):
     return module
 
 
-def check_same(then, now, path, advice="repeat them, choose another --out, or --overwrite"):
-    """Refuses to go on from `path` with other arguments than it was made with."""
-    changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+def check_same(then, now, path, advice="repeat them, choose another --out, or --overwrite",
+               may_change=()):
+    """Refuses to go on from `path` with other arguments than it was made with. may_change: those
+    that change the rounding alone; it only says so."""
+    changed = {k: f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v}
+    rounding = [changed.pop(k) for k in may_change if k in changed]
     if changed:
-        raise UserError(f"{path} was made with other arguments ({', '.join(changed)}); {advice}")
+        raise UserError(f"{path} was made with other arguments ({', '.join(changed.values())}); "
+                        f"{advice}")
+    if rounding:
+        print_0(f"NOTE: {path} was made with {', '.join(rounding)}; from here on sums are rounded "
+                "in another way")
 
 
 # ---- writing
@@ -218,32 +245,62 @@ def save_checkpoint(path, content):
     write_atomically(path, lambda f: torch.save(content, f))
 
 
+warn_of_locks = functools.cache(warn)  # says the same only once
+held_locks = set()
+if hasattr(os, "register_at_fork"):
+    # a loader's worker may outlive its parent, and must not keep its locks
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in held_locks])
+
+
+@contextlib.contextmanager
 def lock(path, message):
-    """Opens a file, locked until it is closed. UserError(message) if another process holds it."""
-    file = open(path, "a")  # noqa: SIM115, the caller closes it
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(message) from None
-    return file
+    """Holds a lock on the file `path`, which is made. UserError(message) if another process does.
+    Where the system or the file system has no locks it goes on without."""
+    with open(path, "a") as file:
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(message) from None
+        except OSError as e:
+            if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            warn_of_locks(f"no locks here ({e.strerror}): nothing keeps a second process from "
+                          "writing to the same --out")
+        held_locks.add(file)
+        try:
+            yield
+        finally:
+            held_locks.remove(file)
 
 
-def claim(result, record, recipe, overwrite, present):
-    """Writes the JSON file `record`: the recipe by which `result`, a file or folder, is made.
+def read_record(record):
+    """What the JSON file `record` says of a result, {} where there is none."""
+    if not record.exists():
+        return {}
+    with reading(record, "record of a recipe"):
+        return dict(json.loads(record.read_text()))
 
-    present: whether a part of the result exists already. If another recipe made it, that is an
-    error that names the difference; with `overwrite` True is returned, and the caller deletes the
-    old result."""
-    recipe, then = json.loads(json.dumps(recipe)), {}  # as it will be read back
-    record = Path(record)
-    if record.exists():
-        with reading(record, "record of a recipe"):
-            then = dict(json.loads(record.read_text()))
-    stale = overwrite and then != recipe
-    if not stale and (then or present):
-        check_same(then, recipe, result)
+
+def write_record(record, recipe):
     write_atomically(record, lambda f: f.write(json.dumps(recipe, indent=1).encode()))
-    return stale
+
+
+def outdated(result, record, recipe, overwrite, present):
+    """Whether another recipe than this has made `result`, a file or folder, by its `record`, and
+    `overwrite` allows to delete that. Without `overwrite` it is an error that names the difference.
+    present: whether a part of the result exists; without a record it is none of ours."""
+    recipe = json.loads(json.dumps(recipe))  # as it will be read back
+    then = read_record(record)
+    if present and not then:
+        raise UserError(f"{result} was not made by this script, which keeps {record}: move it away, "
+                        "or choose another name")
+    if overwrite:
+        return any(then.get(k) != v for k, v in recipe.items())
+    if then:
+        check_same(then, recipe, result)
+    return False
 
 
 def ranges(n, size):
@@ -255,27 +312,30 @@ class BatchedArray:
     """An array (n, *shape) on disk that all ranks fill batch by batch.
 
     Each batch is a file in the folder PATH.parts: a stop loses at most one. `finish` packs them
-    into PATH (.npy, or .npz as arr_0), in twice the array's space. PATH.json: see `claim`."""
+    into PATH (.npy, or .npz as arr_0), in twice the array's space. PATH.json: see `outdated`."""
 
     def __init__(self, path, n, shape, dtype, recipe, overwrite=False):
         self.path, self.n, self.shape, self.dtype = Path(path), n, tuple(shape), np.dtype(dtype)
         self.parts = Path(f"{path}.parts")
         distributed = dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self.lock = None
+        self.lock = contextlib.ExitStack()
         if self.rank == 0:
             try:
                 self.parts.mkdir(parents=True, exist_ok=True)
-                self.lock = lock(self.parts / ".lock",
-                                 f"another process is writing {path}; wait for it")
+                self.lock.enter_context(lock(
+                    self.parts / ".lock", f"another process is writing {path}; wait for it"))
                 present = self.path.exists() or self._written()
-                if claim(path, f"{path}.json", recipe | {"rows": n}, overwrite, present):
+                record, recipe = Path(f"{path}.json"), recipe | {"rows": n}
+                if outdated(path, record, recipe, overwrite, present):
                     self.path.unlink(missing_ok=True)
                     self._delete_parts()
+                write_record(record, recipe)
             except UserError:
-                self._unlock()
+                self.lock.close()
                 raise
             except OSError as e:
+                self.lock.close()
                 raise UserError(f"cannot write {path}: {e.strerror}") from None
         self._wait()
         self.complete = self.path.exists()
@@ -343,13 +403,9 @@ class BatchedArray:
     def _close(self):
         if self.rank == 0:
             self._delete_parts()
-            self._unlock()
+            self.lock.close()
             shutil.rmtree(self.parts, ignore_errors=True)
         self._wait()
-
-    def _unlock(self):
-        if self.lock:
-            self.lock.close()
 
     def _wait(self):
         if self.world > 1:
@@ -381,7 +437,7 @@ def find_weights(url, digest, flag, file=None):
                     raise OSError("it ended early")
             if not sha256(part).startswith(digest):
                 raise UserError(f"download of {url} is damaged (sha256 differs); pass {flag} FILE")
-            part.rename(path)
+            part.replace(path)
         except (OSError, http.client.HTTPException) as e:
             raise UserError(f"missing weights {path.name}: get {url}, pass it as {flag} FILE "
                             f"(download: {e})") from None
@@ -569,7 +625,7 @@ def load_tokenizer(path, *systems, content=None):
     systems: other classes that the file may hold, such as baselines.VAE. content: the file's, if
     load_file has read it."""
     if not Path(path).exists():
-        raise UserError(f"no tokenizer {path}: run train_tokenizer.py, or give --tokenizer CKPT")
+        raise UserError(f"no tokenizer {path}: run train_tokenizer.py, or name another file")
     content = content or load_file(path, "tokenizer")
     if "opt_g" in content:
         raise UserError(f"{path} is a checkpoint to resume from, without EMA and statistics: take "

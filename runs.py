@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import operator
 import os
+import re
 import signal
 import sys
 from datetime import timedelta
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from files import (
+    STOP_SIGNALS,
     SystemFailure,
     UserError,
     check_same,
@@ -46,7 +48,7 @@ from model import Block, DiTBlock, ResnetBlock
 # the memory that it has. Beside GPUs it must give it back: each rank has read whole checkpoints.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if not torch.cuda.is_available():
-    with contextlib.suppress(AttributeError):  # another C library
+    with contextlib.suppress(AttributeError, TypeError):  # another C library, Windows
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # never
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
@@ -54,13 +56,36 @@ if not torch.cuda.is_available():
 
 # ---- ranks
 
+def under_torchrun():
+    """Whether torchrun has started this process. UserError where its variables are not complete, or
+    another launcher has started several processes."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if not missing:
+        return True
+    script = Path(sys.argv[0]).name
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys():
+        raise UserError(
+            f"of torchrun's variables {', '.join(missing)} are missing: start it by torchrun "
+            f"--standalone --nproc_per_node GPUS {script} ...; for one process unset the others")
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        if name in os.environ:
+            if os.environ[name] != "1":
+                raise UserError(
+                    f"{os.environ[name]} processes ({name}) that know nothing of each other: start "
+                    "one per node, and in it torchrun (srun --ntasks-per-node 1 torchrun ... "
+                    f"{script} ...); for one process: srun --ntasks 1")
+            break
+    return False
+
+
 def setup_ranks():
     """(rank, world size, device). Under torchrun it joins the process group."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     # fp32 means fp32: no TF32 in validation, statistics, decoding, --dtype fp32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if "LOCAL_RANK" not in os.environ:
+    if not under_torchrun():
         return 0, 1, device
     if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -218,34 +243,38 @@ class Run:
     """A folder with log.csv and checkpoints PREFIX_step*.pt, of which the last two are kept. Rank 0
     writes, and locks the folder until the `with` ends.
 
-    SIGTERM and Ctrl-C end the run at once where that loses nothing (set-up, cache, validation).
-    Between defer_signals(True) and (False) they set `stopping`, which the loop obeys after its
-    step."""
+    SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 end the run at once where that loses nothing (set-up, cache,
+    validation). Between defer_signals(True) and (False) they set `stopping`, which the loop obeys
+    after its step."""
 
     def __init__(self, out, rank, columns):
         self.out, self.rank, self.columns = Path(out), rank, columns
         self.stopping = self.deferring = False
-        self.lock, self.good = None, {}
+        self.lock, self.good, self.parent = contextlib.ExitStack(), {}, os.getppid()
         if rank == 0:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
-                self.lock = lock(self.out / ".lock", f"another run is writing to {out}; wait for "
-                                                     "it or choose another --out")
+                self.lock.enter_context(lock(
+                    self.out / ".lock",
+                    f"another run is writing to {out}; wait for it or choose another --out"))
                 # what a killed run was writing
                 for part in self.out.glob(".*_step*.part"):
                     part.unlink()
             except OSError as e:
+                self.lock.close()
                 raise UserError(f"cannot write to --out {out}: {e.strerror}") from None
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        # what nohup has ignored stays ignored
+        heeded = [s for s in STOP_SIGNALS
+                  if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
+        self.handlers = {s: signal.signal(s, self._stop) for s in heeded}
         return self
 
     def __exit__(self, *_):
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
-        if self.lock:
-            self.lock.close()
+        self.lock.close()
 
     def _stop(self, number, _):
         # a second Ctrl-C does not wait
@@ -262,21 +291,24 @@ class Run:
         """Whether any rank was asked to stop. The flag is on the CPU, so that no GPU waits."""
         if not dist.is_initialized():
             return self.stopping
+        # SIGUSR1 ends torchrun, which does not pass it on
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
+            self.stopping = True
         flag = torch.tensor(float(self.stopping))
         dist.all_reduce(flag)
         return flag.item() > 0
 
     def checkpoints(self, prefix):
-        return sorted(self.out.glob(f"{prefix}_step*.pt"))
+        return saved(self.out, prefix, "pt")
 
     def last_good(self, prefix):
         return self.good.get(prefix, "none")
 
     def resume(self, s, stage=()):
         """Loads the newest good checkpoint, if any, into `s` and rewinds the log to its step. s:
-        prefix, recipe (what must not change), networks, optimisers, meter, step and steps. stage:
-        (its number,) where log.csv begins with it."""
-        saved = self._newest(s.prefix, s.recipe)
+        prefix, recipe (what must not change, but for may_change), networks, optimisers, meter, step
+        and steps. stage: (its number,) where log.csv begins with it."""
+        saved = self._newest(s.prefix, s.recipe, s.may_change)
         if saved:
             path = self.last_good(s.prefix)
             with reading(path, "checkpoint"):
@@ -298,7 +330,7 @@ class Run:
                 old.unlink()
         self.rewind_log(s.step, s.steps, s.log_every, stage)
 
-    def _newest(self, prefix, recipe):
+    def _newest(self, prefix, recipe, may_change):
         for path in reversed(self.checkpoints(prefix)):
             try:
                 content = load_file(path)
@@ -309,7 +341,7 @@ class Run:
             except UserError as e:
                 print(f"WARNING: {e}; trying the checkpoint before it", file=sys.stderr)
                 continue
-            check_same(content["recipe"], recipe, path)
+            check_same(content["recipe"], recipe, path, may_change=may_change)
             self.good[prefix] = path
             return content
         if self.checkpoints(prefix):
@@ -366,8 +398,8 @@ class Run:
     def forget(self, prefix):
         """--overwrite: deletes checkpoints and pictures."""
         if self.rank == 0:
-            for path in [*self.out.glob(f"{prefix}.pt"), *self.out.glob(f"{prefix}_step*")]:
-                path.unlink()
+            for path in (self.out / f"{prefix}.pt", *saved(self.out, prefix, "(pt|png)")):
+                path.unlink(missing_ok=True)
         barrier()  # nobody resumes from what is being deleted
 
     def log(self, row):
@@ -394,6 +426,14 @@ class Run:
         rows = [row for row in rows if row.endswith("\n")  # else a kill has cut it
                 and tuple(map(int, row.split(",")[:len(position)])) <= position]
         write_atomically(log, lambda f: f.write("".join([head, *rows]).encode()))
+
+
+def saved(folder, prefix, suffix):
+    """The files PREFIX_step00000000.SUFFIX in a folder, in the order of their steps. suffix: a
+    regular expression."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    form = re.compile(rf"{prefix}_step\d{{8,}}\.{suffix}")
+    return [Path(folder, name) for name in sorted(names) if form.fullmatch(name)]
 
 
 def due(step, every, steps):
@@ -509,6 +549,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
+    def parse_args(self, argv=None):
+        """With ~ expanded, which the shell does not do in --out=~/x."""
+        def expanded(value):
+            if isinstance(value, list):
+                return [expanded(v) for v in value]
+            return os.path.expanduser(value) if isinstance(value, str) else value
+
+        args = super().parse_args(argv)
+        vars(args).update({name: expanded(value) for name, value in vars(args).items()})
+        return args
+
     def training_flags(self):
         """What both training scripts take."""
         add = self.add_argument
@@ -525,7 +576,8 @@ class Parser(argparse.ArgumentParser):
         add("--accum", type=count, default=1, help="micro-batches per step")
         add("--ema-decay", type=fraction)
         add("--seed", type=index, default=0)
-        add("--size", type=count, help="image side in px, divisible by 16")
+        add("--size", type=count,
+            help="image side in px, divisible by 16 (train_dit.py: default the tokenizer's)")
         add("--workers", type=index, help="loader processes per rank")
         add("--compile", action=argparse.BooleanOptionalAction,
             help="torch.compile the blocks (default: on GPUs)")
@@ -578,6 +630,8 @@ def launch(main):
     except dist.DistBackendError as e:
         sys.exit(f"error: another rank has stopped, or the network between them: {first_line(e)}")
     except RuntimeError as e:
+        if re.search(r"C(\+\+)? compiler|Compiler: .* not found", str(e)):
+            sys.exit("error: --compile takes a C++ compiler, such as g++ (CXX=... names another)")
         if str(e).startswith("DataLoader worker"):  # torch raises it anywhere in main
             sys.exit("error: a process that loads images has died (short of memory? fewer "
                      f"--workers?): {e}")
@@ -599,7 +653,8 @@ def end_workers():
     """Ends the loader's workers. Python's exit handler would send SIGTERM, which they ignore
     (data.keep_loading), and wait for ever."""
     if workers := multiprocessing.active_children():
-        # torch's handler would raise, in place of what went wrong
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):
+            # torch's handler would raise, in place of what went wrong
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in workers:
             worker.kill()

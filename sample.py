@@ -15,6 +15,7 @@ size and number of processes. The same command completes what is missing in --ou
 
 Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 """
+import contextlib
 import difflib
 import itertools
 from functools import partial
@@ -27,25 +28,27 @@ from tqdm import tqdm
 
 import runs
 from baselines import VAE
-from data import rng, save_grid, shown, to_uint8
+from data import IMAGE_TYPES, rng, save_grid, shown, to_uint8
 from files import (
     BatchedArray,
     UserError,
     build,
-    claim,
     dit_arguments,
     fingerprint,
     load_file,
     load_tokenizer,
     lock,
+    outdated,
     print_0,
     ranges,
+    read_record,
     reading,
     require,
     require_statistics,
     sha256,
     unwrapped,
     write_atomically,
+    write_record,
 )
 from model import LightningDiT
 from runs import count, index, positive
@@ -230,37 +233,57 @@ def write_npz(path, draw, num, side, batch_size, recipe, overwrite):
     if array.complete:
         return
     missing = array.missing(batch_size)
-    for batch in tqdm(missing, "sampling", disable=array.rank != 0, mininterval=1):
-        array.write(batch, to_uint8(draw(batch)))
-    array.finish()
+    with array.lock:
+        for batch in tqdm(missing, "sampling", disable=array.rank != 0, mininterval=1):
+            array.write(batch, to_uint8(draw(batch)))
+        array.finish()
 
 
 def write_pngs(folder, draw, num, batch_size, recipe, overwrite, rank, world):
     """num images as folder/000000.png ..., each written atomically; those that are there stay. A
     batch that lacks one is drawn whole (see files.BatchedArray)."""
-    folder, held = Path(folder), None
-    if rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held = lock(folder / ".lock", f"another process is writing to {folder}; wait for it")
-        except OSError as e:
-            raise UserError(f"cannot write to --out {folder}: {e.strerror}") from None
-        there = list(folder.glob("*.png"))
-        if claim(folder, folder / "sampling.json", recipe, overwrite, bool(there)):
-            for path in there:
-                path.unlink()
-    runs.barrier()
-    paths = [folder / f"{i:06d}.png" for i in range(num)]
-    missing = {i for i, path in enumerate(paths) if not path.exists()}
-    runs.barrier()  # all have looked before one writes
-    order = [batch for batch in ranges(num, batch_size) if missing.intersection(batch)]
-    for batch in tqdm(order[rank::world], "sampling", disable=rank != 0, mininterval=1):
-        for i, image in zip(batch, to_uint8(draw(batch))):
-            if i in missing:
-                write_atomically(paths[i], partial(Image.fromarray(image).save, format="PNG"))
-    runs.barrier()
-    if rank == 0:
-        held.close()
+    folder = Path(folder)
+    with contextlib.ExitStack() as held:
+        if rank == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock(
+                    folder / ".lock", f"another process is writing to {folder}; wait for it"))
+                claim_pngs(folder, num, recipe, overwrite)
+            except OSError as e:
+                raise UserError(f"cannot write to --out {folder}: {e.strerror}") from None
+        runs.barrier()
+        paths = [png(folder, i) for i in range(num)]
+        missing = {i for i, path in enumerate(paths) if not path.exists()}
+        runs.barrier()  # all have looked before one writes
+        order = [batch for batch in ranges(num, batch_size) if missing.intersection(batch)]
+        for batch in tqdm(order[rank::world], "sampling", disable=rank != 0, mininterval=1):
+            for i, image in zip(batch, to_uint8(draw(batch))):
+                if i in missing:
+                    write_atomically(paths[i], partial(Image.fromarray(image).save, format="PNG"))
+        runs.barrier()
+
+
+def png(folder, i):
+    return folder / f"{i:06d}.png"
+
+
+def claim_pngs(folder, num, recipe, overwrite):
+    """Writes the folder's record: the recipe, and how many images were begun by it. Only these are
+    ever deleted."""
+    record = folder / "sampling.json"
+    then = read_record(record)
+    made = then.get("images", num if then else 0)  # older records lack it
+    other = [path for i in range(made, num) if (path := png(folder, i)).exists()]
+    if other:
+        raise UserError(f"{other[0]} is none of the {made} images that sample.py has made there: "
+                        "move it away, or choose another --out")
+    present = any(path.suffix == ".png" for path in folder.iterdir())
+    if outdated(folder, record, recipe, overwrite, present):
+        for i in range(made):
+            png(folder, i).unlink(missing_ok=True)
+        made = 0
+    write_record(record, recipe | {"images": max(made, num)})
 
 
 # ---- the command line
@@ -307,11 +330,14 @@ def parse(argv=None):
     if not 0 <= lo <= hi <= 1:
         raise UserError(
             f"--cfg-interval takes LO <= HI in [0, 1] (times, 0 is data), not {lo:g} {hi:g}")
+    if args.out and Path(args.out).suffix.lower() in IMAGE_TYPES:
+        raise UserError(f"--out {args.out}: takes NAME.npz, or a folder of PNGs; one picture of "
+                        f"the images is --grid {args.out}")
     return args
 
 
 def last_dit(folder="runs/dit"):
-    found = sorted(Path(folder).glob("dit_step*.pt"))
+    found = runs.saved(folder, "dit", "pt")
     if not found:
         raise UserError(f"no generator in {folder}: run train_dit.py first, or give --dit CKPT")
     return found[-1]

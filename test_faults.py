@@ -631,20 +631,22 @@ def test_full_disk_anywhere():
     not get its name."""
     picture, small = torch.zeros(2, 3, 16, 16), {"a": torch.zeros(500), "b": 1}
 
-    def write_batches(path):
+    def write_batches(path, finish=True):
         rows = files.BatchedArray(path, 300, (2,), np.float32, {})
-        for batch in rows.missing(150):
-            rows.write(batch, np.ones((150, 2)))
-        return rows
+        with rows.lock:
+            for batch in rows.missing(150):
+                rows.write(batch, np.ones((150, 2)))
+            if finish:
+                rows.finish()
 
     with folder() as d:
         for path, write in (
                 (d / "a.pt", lambda path: save_checkpoint(path, small)),
                 (d / "a.png", lambda path: data.save_grid([picture], path)),
-                (d / "a.npy", lambda path: write_batches(path).finish()),
-                (d / "a.npz", lambda path: write_batches(path).finish()),
+                (d / "a.npy", write_batches),
+                (d / "a.npz", write_batches),
                 (d / "b.npy.parts" / "000000150-000000300.npy",
-                 lambda _: write_batches(d / "b.npy"))):
+                 lambda _: write_batches(d / "b.npy", finish=False))):
             write(path)
             size = path.stat().st_size
             for room in {*range(0, size, 97), *range(max(0, size - 200), size, 7)}:
@@ -824,9 +826,9 @@ def test_dead_worker():
 
 
 def test_signals():
-    """SIGTERM to the whole process group, the loader's worker included: a checkpoint at the step
-    boundary, a message, and the run goes on to the same end. Outside the loop there is nothing to
-    lose: it ends at once."""
+    """SIGTERM, SIGHUP or SIGUSR1 to the whole process group, the loader's worker included: a
+    checkpoint at the step boundary, a message, and the run goes on to the same end. Outside the
+    loop there is nothing to lose: it ends at once. What nohup has ignored stays ignored."""
     logit_normal, calls = losses.logit_normal, []
 
     def planted(n):
@@ -835,7 +837,7 @@ def test_signals():
             # a worker would obey its parent's signal
             group = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
             assert len(group) == 2
-            subprocess.run(["kill", *map(str, group)], check=True)
+            subprocess.run(["kill", f"-{number}", *map(str, group)], check=True)
             time.sleep(0.2)
         return logit_normal(n)
 
@@ -843,14 +845,50 @@ def test_signals():
         flags = [*mini_dit(d), "--steps", "3", "--log-every", "1", "--workers", "1"]
         execute(train_dit, *flags, "--out", d / "a")
         stopped = "stopped by a signal at step 2", "dit_step00000002.pt", "repeat"
-        with patch.object(losses, "logit_normal", planted), refused(*stopped):
-            execute(train_dit, *flags, "--out", d / "b")
-        execute(train_dit, *flags, "--out", d / "b")
-        assert same(*(load_file(d / r / "dit_step00000003.pt") for r in "ab")) is None
-        assert (d / "a" / "log.csv").read_bytes() == (d / "b" / "log.csv").read_bytes()
-        with refused("repeat the command", kind=SystemExit), runs.Run(d / "a", 0, []):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(9)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            calls.clear()
+            out = d / str(number)
+            with patch.object(losses, "logit_normal", planted), refused(*stopped):
+                execute(train_dit, *flags, "--out", out)
+            execute(train_dit, *flags, "--out", out)
+            assert same(*(load_file(r / "dit_step00000003.pt") for r in (d / "a", out))) is None
+            assert (d / "a" / "log.csv").read_bytes() == (out / "log.csv").read_bytes()
+            with refused("repeat the command", kind=SystemExit), runs.Run(out, 0, []):
+                os.kill(os.getpid(), number)
+                time.sleep(9)
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with runs.Run(d / "a", 0, []):
+            os.kill(os.getpid(), signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before)
+    handlers = {s: signal.getsignal(s) for s in files.STOP_SIGNALS}
+    data.keep_loading(0)
+    for s, handler in handlers.items():
+        assert signal.signal(s, handler) == signal.SIG_IGN, "a loader's worker"
+
+
+def test_locks_of_the_dead():
+    """A lock ends with the `with`, or with the error, though a loader's worker lives on, and though
+    someone keeps the error."""
+    with folder() as d, mini_size():
+        flags = [*mini_dit(d), "--out", d / "out"]
+        path = d / "out" / "latents.npy.parts" / ".lock"
+        with patch.object(files.BatchedArray, "write", side_effect=UserError("planted")):
+            try:
+                execute(train_dit, *flags)
+            except UserError as e:
+                kept = e
+        assert str(kept) == "planted" and path.exists()
+        fork = multiprocessing.get_context("fork")
+        ready = fork.Event()
+        with files.lock(path, "held"):
+            worker = fork.Process(target=lambda: ready.set() or time.sleep(60))
+            worker.start()
+            ready.wait()
+            with refused("held"), files.lock(path, "held"):
+                pass
+        with files.lock(path, "held"):
+            worker.kill()
+            worker.join()
 
 
 def test_killed_before_a_deletion():
@@ -1006,9 +1044,9 @@ def slow_kills():
 # -------------------------------------------------------------------------- signals, ranks, workers
 
 def slow_signals():
-    """SIGTERM and Ctrl-C, to the process, to its group with the loader's workers, to torchrun
-    alone: a checkpoint at the step boundary, a message, and bit for bit the end of a run that
-    never stopped."""
+    """SIGTERM, Ctrl-C, SIGHUP and SIGUSR1, to the process, to its group with the loader's workers,
+    to torchrun alone, which SIGUSR1 kills: a checkpoint at the step boundary, a message, no process
+    is left, and bit for bit the end of a run that never stopped."""
     tok = ["train_tokenizer.py", *SLOW, "--stage", "2", "--init", small_run() / "stage1.pt",
            "--steps", "12"]
     with folder() as d:
@@ -1017,7 +1055,9 @@ def slow_signals():
         for command, ranks, workers, number, kill in (
                 (tok, 0, 0, signal.SIGTERM, os.kill), (tok, 0, 2, signal.SIGINT, os.killpg),
                 (dit, 0, 0, signal.SIGINT, os.kill), (dit, 0, 2, signal.SIGTERM, os.killpg),
-                (tok, 2, 1, signal.SIGTERM, os.kill), (dit, 2, 1, signal.SIGTERM, os.kill)):
+                (tok, 0, 2, signal.SIGUSR1, os.killpg), (tok, 0, 2, signal.SIGHUP, os.killpg),
+                (tok, 2, 1, signal.SIGTERM, os.kill), (dit, 2, 1, signal.SIGTERM, os.kill),
+                (tok, 2, 1, signal.SIGUSR1, os.kill), (dit, 2, 1, signal.SIGHUP, os.kill)):
             command = [*command, "--log-every", "1", "--save-every", "99", "--grid-every", "99",
                        "--workers", workers, "--out"]
             complete(*command, d / "a", ranks=ranks)
@@ -1027,7 +1067,10 @@ def slow_signals():
             kill(process.pid, number)
             text = end(process)
             stops = text.count("stopped by a signal at step")
-            assert process.returncode == 1 and stops == max(1, ranks), text[-3000:]
+            killed = ranks and number == signal.SIGUSR1  # torchrun itself
+            assert process.returncode == (-number if killed else 1), text[-3000:]
+            assert stops == max(1, ranks), text[-3000:]
+            assert not alive()
             # torchrun itself leaves with a traceback
             assert ranks or "Traceback" not in text, text[-3000:]
             stopped, = (d / "b").glob("*_step*.pt")

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import copy
 import csv
+import errno
 import functools
 import hashlib
 import io
@@ -32,7 +33,7 @@ from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import SkipTest
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import torch
@@ -1838,8 +1839,9 @@ def test_batched_array():
         assert not array.complete
         assert array.missing(4) == [range(4), range(4, 8), range(8, 10)]
         array.write(range(4, 8), values[4:8])
-        (array.parts / ".000000000-000000004.npy.part").symlink_to("/dev/full")
-        with refused("No space", "000000000-000000004.npy", "make room"):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with (patch.object(os, "fsync", side_effect=full),
+              refused("No space", "000000000-000000004.npy", "make room")):
             array.write(range(4), values[:4])
         assert "another process is writing" in error_of(make)
         array.lock.close()  # a stop
@@ -1862,6 +1864,10 @@ def test_batched_array():
         assert {p.name for p in d.iterdir()} == {"a.npy", "a.npy.json"}
 
         assert "tokenizer a -> b" in error_of(make, "b")
+        (d / "a.npy.json").rename(d / "b")
+        with refused("a.npy was not made by this script"):  # it is the user's own
+            make("b", overwrite=True)
+        (d / "b").rename(d / "a.npy.json")
         array = make("b", overwrite=True)
         assert not array.complete and not path.exists() and len(array.missing(4)) == 3
         fill(array, 4)
@@ -1898,9 +1904,12 @@ def test_run_folder():
     row, linear = {"stage": 1, "loss": 1 / 3}, torch.nn.Linear(2, 2)
     linear.arguments = {}
     adam = torch.optim.Adam(linear.parameters())
-    s = SimpleNamespace(prefix="a", recipe={}, step=0, steps=9, log_every=1, meter=runs.Meter(CPU),
-                        classes=[], networks={"linear": linear}, optimisers={"adam": adam})
+    s = SimpleNamespace(prefix="a", recipe={}, may_change=(), step=0, steps=9, log_every=1,
+                        meter=runs.Meter(CPU), classes=[], networks={"linear": linear},
+                        optimisers={"adam": adam})
     with folder() as d:
+        d /= "a[1-3]*"  # no pattern
+        d.mkdir()
         (d / ".a_step00000009.pt.part").write_bytes(b"half")
         log = d / "log.csv"
         log.touch()
@@ -1931,6 +1940,13 @@ def test_run_folder():
             assert "other columns" in error_of(run.rewind_log, 0, 9, 1)
         checkpoints = {f"a_step0000000{i}.pt" for i in (3, 4, 5)}
         assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *checkpoints}
+        others = {"a_step.pt", "a_stepped.png", "a_step00000003.txt", "b_step00000003.pt", "aa.pt"}
+        for name in (*others, "a.pt", "a_step00000003.png"):
+            (d / name).touch()
+        with runs.Run(d, 0, []) as run:
+            assert [p.name for p in run.checkpoints("a")] == sorted(checkpoints)
+            run.forget("a")
+        assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *others}
 
 
 def test_meter():
@@ -1984,9 +2000,61 @@ def test_arguments():
     assert "--batch-size 8 does not split" in error_of(runs.check_batch_size, args, 2)
 
 
+def test_launchers():
+    """One process without any; all variables of torchrun; half of them, or several processes
+    without them, are one line that says what is missing and how to launch."""
+    five = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "1")
+    for variables, expected in (
+            ({}, False), ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, False), (five, True),
+            (five | {"SLURM_NTASKS": "8"}, True), ({"SLURM_NTASKS": "1"}, False),
+            ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, False),
+            ({"LOCAL_RANK": "0"}, ("RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are missing",
+                                   "torchrun --standalone --nproc_per_node")),
+            ({"RANK": "1"}, ("LOCAL_RANK, WORLD_SIZE", "torchrun --standalone")),
+            ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, ("8 processes", "srun", "torchrun"))):
+        with patch.dict(os.environ, variables, clear=True):
+            if isinstance(expected, bool):
+                assert runs.under_torchrun() == expected, variables
+            else:
+                with refused(*expected):
+                    runs.setup_ranks()
+
+
+def test_locks():
+    """One process at a time; where the system has no locks it goes on, and says so once."""
+    with folder() as d:
+        path, said = d / ".lock", io.StringIO()
+        with files.lock(path, ""), refused("held"), files.lock(path, "held"):
+            pass
+        for number in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO):
+            error = OSError(number, os.strerror(number))
+            system = SimpleNamespace(flock=Mock(side_effect=error), LOCK_EX=0, LOCK_NB=0)
+            with patch.object(files, "fcntl", system), contextlib.redirect_stderr(said):
+                files.warn_of_locks.cache_clear()
+                if number == errno.EIO:
+                    assert "cannot write" in error_of(runs.Run, d, 0, [])
+                    continue
+                for _ in range(2):
+                    with runs.Run(d, 0, []) as run:
+                        run.rewind_log(0, 1, 1)
+        assert said.getvalue().count("no locks here") == 3
+
+
+def test_home():
+    """~ in any path is the user's folder, also where the shell leaves it."""
+    parser = runs.Parser("")
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("--out")
+    args = parser.parse_args(["--out=~/x", "~/a", "b~"])
+    home = os.path.expanduser("~")
+    assert (args.out, args.paths) == (f"{home}/x", [f"{home}/a", "b~"])
+
+
 def test_launch():
     """A user's mistake is one line and status 1; a mistake of ours is a traceback."""
+    no_compiler = "backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found"
     for error, says in ((UserError("a\nb"), SystemExit("error: a b")),
+                        (RuntimeError(no_compiler), SystemExit("error: --compile takes")),
                         (KeyboardInterrupt(), SystemExit("error: interrupted")),
                         (RuntimeError("ours"), RuntimeError("ours"))):
         with refused(str(says), kind=type(says)), patch.object(sample, "main", side_effect=error):
@@ -2619,15 +2687,32 @@ def test_train_dit():
         assert not torch.equal(other[0, 5][3], cached[0, 5][3])
         assert 0.35 < np.mean([other[item][1] == 12 for item in items]) < 0.45
 
+        # what changes the rounding alone may change, and is named
+        shutil.copytree(a, d / "a5")
+        execute(train_dit, *ours, "--out", d / "a5", "--steps", 5)
+        for step, flags, words in ((5, ["--accum", 4], "accum 1 -> 4"),
+                                   (6, ["--dtype", "bf16", "--accum", 4], "float32 -> bfloat16")):
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                execute(train_dit, *ours, "--out", b, "--steps", step, *flags)
+            assert said.getvalue().count(words) == 1
+        one, four = (load_file(out / "dit_step00000005.pt")["ema"] for out in (d / "a5", b))
+        assert same(one, four) and all((one[k] - four[k]).abs().max() < 1e-5 for k in one)
+
+        content = load_file(d / "tok.pt") | {"recipe": {"size": 32}}
+        save_checkpoint(d / "sized.pt", content)
+        flags = [flag for flag in ours if flag not in ("--size", "32")]
+        execute(train_dit, *flags, "--tokenizer", d / "sized.pt", "--out", d / "sized", "--steps", 1)
+        assert load_file(d / "sized" / "dit_step00000001.pt")["recipe"]["size"] == 32
+
         other = save_tokenizer(small_tokenizer(seed=1), d / "other.pt")
         for words, flags in {
                 ("latents.npy", "tokenizer"): ["--tokenizer", other],
                 ("latents.npy", "(data "): ["--data", write_shapes(d / "fewer", 23)],
                 ("dit_step00000004.pt", "lr 0.002 -> 0.1", "qk_norm", "batch_size", "beta2", "clip",
-                 "w_cos", "label_drop", "ema_decay", "seed 0 -> 1", "cached True", "dtype"): [
+                 "w_cos", "label_drop", "ema_decay", "seed 0 -> 1", "cached True"): [
                     "--lr", 0.1, "--qk-norm", "--batch-size", 4, "--beta2", 0.5, "--clip", 2,
                     "--w-cos", 0, "--label-drop", 0, "--ema-decay", 0.5, "--seed", 1,
-                    "--no-cache", "--dtype", "bf16"],
+                    "--no-cache"],
                 ("--steps",): ["--steps", 0],
                 ("--batch-size 9",): ["--batch-size", 9, "--accum", 2]}.items():
             with refused(*words):
@@ -2776,7 +2861,7 @@ def test_generator_flags():
 def test_published_recipes():
     """The preset paper: LightningDiT's training for 80K steps, and its sampler with t turned."""
     for script, published in (
-            (train_dit, {"model": "XL/1", "size": 256, "steps": 80_000, "batch_size": 1024,
+            (train_dit, {"model": "XL/1", "steps": 80_000, "batch_size": 1024,
                          "accum": 1, "lr": 2e-4, "beta2": 0.95, "ema_decay": 0.9999, "clip": 1,
                          "w_cos": 1, "label_drop": 0.1, "qk_norm": False}),
             (sample, {"steps": 250, "method": "euler", "shift": 1 / 0.3, "labels": "balanced",
@@ -3064,6 +3149,22 @@ def test_sample_files():
                 execute(sample, *ours, "--out", out)
             with refused(out.name, "seed 0 -> 1"):
                 execute(sample, *ours, "--out", out, "--seed", 1)
+        # --overwrite deletes what was made there, and nothing of the user's
+        users = {"cat.png", "000007.png"}
+        for name in users:
+            (pngs / name).touch()
+        execute(sample, *ours, "--out", pngs, "--overwrite", "--seed", 1, "--num", 3)
+        assert {p.name for p in pngs.glob("*.png")} == {
+            "000000.png", "000001.png", "000002.png", *users}
+        assert not np.array_equal(Image.open(pngs / "000000.png"), again[0])
+        (pngs / "000003.png").write_text("the user's")
+        with refused("000003.png is none of the 3 images"):
+            execute(sample, *ours, "--out", pngs, "--seed", 1)
+        (d / "mine").mkdir()
+        (d / "mine" / "cat.png").touch()
+        with refused("mine was not made by this script"):
+            execute(sample, *ours, "--out", d / "mine", "--overwrite")
+        assert (d / "mine" / "cat.png").exists()
         (pngs / "sampling.json").write_text('{"seed": 0')
         with refused("sampling.json"):
             execute(sample, *ours, "--out", pngs)
@@ -3087,6 +3188,7 @@ def test_sample_errors():
                 ("--labels 3", "0 to 2"): ["--labels", 3],
                 ("missing.pt", "train_tokenizer.py"): ["--tokenizer", d / "missing.pt"],
                 ("missing.pt",): ["--dit", d / "missing.pt"],
+                ("--out cat.png", "--grid cat.png"): ["--out", "cat.png"],
                 ("4 latent channels", "takes 8"): ["--tokenizer", four],
                 ("another tokenizer",): ["--tokenizer", other],
                 ("--time",): ["--dit", d / "official.pt"],

@@ -33,7 +33,6 @@ from tqdm import tqdm
 import losses
 import runs
 import toy
-from baselines import VAE
 from data import (
     Crops,
     ShuffledBatches,
@@ -47,11 +46,11 @@ from data import (
     to_pixels,
     to_tensor,
 )
+from fid import open_tokenizer
 from files import (
     BatchedArray,
     UserError,
     fingerprint,
-    load_tokenizer,
     print_0,
     reading,
     require_statistics,
@@ -59,7 +58,6 @@ from files import (
 from model import DITS, LightningDiT, update_ema
 from runs import count, fraction, positive, weight
 from sample import choose_labels, generate, grid_rows, time_grid
-from vfm_vae import VFMVAE
 
 BINS = 5  # of t, in the log
 COLUMNS = ["step", "loss", "mse", "cosine", "grad_norm",
@@ -169,14 +167,15 @@ def cached_latents(path, tokenizer, data, args, device):
         order = ([(0, i) for i in batch] for batch in missing)
         stream = batches(crops, order, args.workers, device)
         bar = tqdm(stream, "encoding", len(missing), disable=array.rank != 0, mininterval=1)
-        for batch, (x, _) in zip(missing, bar):
-            x = torch.stack([x, x.flip(3)], dim=1).flatten(0, 1)  # (2B, 3, H, W)
-            z = tokenizer.normalize(tokenizer.encode(x)).half()  # (2B, d, h, w)
-            if not z.isfinite().all():
-                raise UserError(
-                    f"a latent of images {batch[0]} to {batch[-1]} is not finite in fp16")
-            array.write(batch, z.unflatten(0, (-1, 2)).cpu().numpy())
-        array.finish()
+        with array.lock:
+            for batch, (x, _) in zip(missing, bar):
+                x = torch.stack([x, x.flip(3)], dim=1).flatten(0, 1)  # (2B, 3, H, W)
+                z = tokenizer.normalize(tokenizer.encode(x)).half()  # (2B, d, h, w)
+                if not z.isfinite().all():
+                    raise UserError(
+                        f"a latent of images {batch[0]} to {batch[-1]} is not finite in fp16")
+                array.write(batch, z.unflatten(0, (-1, 2)).cpu().numpy())
+            array.finish()
     # no checksum: reading ImageNet's 39 GiB takes minutes, and a flipped bit is one value
     with reading(path, "cache of latents (delete it to make it anew)"):
         latents = np.load(path, mmap_mode="r")
@@ -228,12 +227,9 @@ class FlowData(Dataset):
 
 # ---- set up
 
-def set_up(args, run, data, device):
+def set_up(args, run, tokenizer, data, device):
     """(networks, optimiser, EMA and recipe; the latents or None)."""
-    tokenizer = load_tokenizer(args.tokenizer, VAE, VFMVAE).requires_grad_(False).to(device)
     require_statistics(tokenizer, args.tokenizer)
-    if args.size % tokenizer.factor:
-        raise UserError(f"--size must be divisible by {tokenizer.factor}, not {args.size}")
     K = len(data.classes) if data.labels is not None and not args.unconditional else 0
     latents = None if args.no_cache else cached_latents(
         args.cache or run.out / "latents.npy", tokenizer, data, args, device)
@@ -251,9 +247,10 @@ def set_up(args, run, data, device):
         "model", "qk_norm", "size", "batch_size", "accum", "lr", "beta2", "clip", "w_cos",
         "label_drop", "ema_decay", "seed")}
     s = SimpleNamespace(
-        prefix="dit", recipe=recipe, step=0, steps=args.steps, log_every=args.log_every,
-        shown=("mse", "cosine"), classes=data.classes if K else [], tokenizer=tokenizer,
-        model=model, ema=ema, trained=trained, opt=opt, meter=runs.Meter(device), encode=latents is None, dtype=dtype,
+        prefix="dit", recipe=recipe, may_change=("dtype", "accum"), step=0, steps=args.steps,
+        log_every=args.log_every, shown=("mse", "cosine"), classes=data.classes if K else [],
+        tokenizer=tokenizer, model=model, ema=ema, trained=trained, opt=opt,
+        meter=runs.Meter(device), encode=latents is None, dtype=dtype,
         autocast=partial(runs.autocast, device, dtype))
     s.networks, s.optimisers = {"model": model, "ema": ema}, {"opt": opt}  # in a checkpoint
     return s, latents
@@ -278,15 +275,15 @@ def training_latents(s, args, run, data, latents, world, device):
 
 # ---- the command line
 
-# The defaults of the flags of the same name. size: image side in px.
+# The defaults of the flags of the same name.
 PRESETS = {
     "tiny": {
-        "model": "tiny", "data": "shapes", "size": 64, "steps": 1200, "batch_size": 64,
-        "lr": 2e-3, "ema_decay": 0.995, "workers": 0, "log_every": 25, "save_every": 400,
+        "model": "tiny", "data": "shapes", "steps": 1200, "batch_size": 64, "lr": 2e-3,
+        "ema_decay": 0.995, "workers": 0, "log_every": 25, "save_every": 400,
         "grid_every": 400, "encode_batch": 64, "val_images": 512},
     "paper": {
-        "model": "XL/1", "data": "data/imagenet/train", "size": 256, "steps": 80_000,
-        "batch_size": 1024, "lr": 2e-4, "ema_decay": 0.9999, "workers": 8, "log_every": 100,
+        "model": "XL/1", "data": "data/imagenet/train", "steps": 80_000, "batch_size": 1024,
+        "lr": 2e-4, "ema_decay": 0.9999, "workers": 8, "log_every": 100,
         "save_every": 5_000, "grid_every": 5_000, "encode_batch": 128, "val_images": 5_000},
 }
 
@@ -320,16 +317,16 @@ def main(argv=None):
     rank, world, device = runs.setup_ranks()
     runs.check_batch_size(args, world)
     with runs.Run(args.out, rank, COLUMNS) as run:
-        if args.overwrite and rank == 0:
-            for path in [*run.out.glob("dit_step*"), run.out / "log.csv"]:
-                path.unlink(missing_ok=True)
+        tokenizer, args.size = open_tokenizer(args.tokenizer, args.size, device)
         if args.data == "shapes":
             data, _ = toy.open_shapes(args.val, args.size, args.val_images)
         else:
             data, _ = on_rank_0(open_folders, args.data, args.val, args.val_images)
         if args.check_data or args.skip_unreadable:
             data, = check_images([data], args, rank, world)
-        s, latents = set_up(args, run, data, device)
+        s, latents = set_up(args, run, tokenizer.requires_grad_(False), data, device)
+        if args.overwrite:
+            run.forget(s.prefix)
         run.resume(s)
         train(args, run, s, training_latents(s, args, run, data, latents, world, device))
 

@@ -296,7 +296,8 @@ def set_up_stage(stage, args, run, data, lpips, device):
     seed_torch(args.seed, "stage", stage, run.rank)
     number = args.stages.index(stage) + 1 if args.model == "vfmvae" else stage
     s = SimpleNamespace(
-        stage=stage, number=number, prefix=prefix(stage, args), recipe=recipe, step=0,
+        stage=stage, number=number, prefix=prefix(stage, args), recipe=recipe,
+        may_change=("dtype",), step=0,
         steps=args.steps_of[stage], steps_before=start.steps, log_every=args.log_every,
         shown=("rec", "sp", "d_loss"), classes=data.classes, tokenizer=tokenizer,
         discriminator=discriminator,
@@ -500,7 +501,7 @@ def resume_stage(s, args, run):
         run.forget(s.prefix)
     if final.exists():
         done = load_file(final)
-        check_same(done["recipe"], s.recipe, final)
+        check_same(done["recipe"], s.recipe, final, may_change=s.may_change)
         if done["step"] >= s.steps:
             print_0(f"{s.prefix} is complete: {final}")
             return True
