@@ -1638,10 +1638,10 @@ def test_generator_flags():
             trained("--compile", "--checkpointing", "--val-images", 7)
             assert len(checkpointed) == compiled.call_count == 1
             assert opened[1][0] == (*(str(d / "data" / part) for part in ("train", "val")), 7)
-        other = trained("--steps", 3, "--save-every", 2, "--log-every", 2, "--seed", 1)[0]
+        other = trained("--steps", 3, "--save-every", 2, "--log-every", 3, "--seed", 1)[0]
         moved = [part["model"]["x_embedder.proj.weight"] for part in (saved, other)]
         assert (moved[0] - moved[1]).abs().max() > 0.1, "another start, though lr is 0.002"
-        assert [row["step"] for row in rows_of(out)] == ["2", "3"]
+        assert [row["step"] for row in rows_of(out)] == ["3"]
         assert [p.name[-4:] for p in sorted(out.glob("*.pt"))] == ["2.pt", "3.pt"]
         drawn = [call[0][2].name[-5:] for call in grid.call_args_list]
         assert drawn == ["1.png", "1.png", "3.png"]
