@@ -2691,7 +2691,9 @@ def test_train_dit():
         items = [(epoch, i) for epoch in range(40) for i in range(24)]
         z0, y, normal, z1 = zip(*(cached[item] for item in items))
         flipped = [np.array_equal(z, cache[i, 1]) for z, (_, i) in zip(z0, items)]
-        assert 0.45 < np.mean(flipped) < 0.55 and 0.07 < np.mean(np.equal(y, 12)) < 0.13
+        dropped = np.equal(y, 12)
+        assert 0.45 < np.mean(flipped) < 0.55 and 0.07 < np.mean(dropped) < 0.13
+        assert 0.3 < np.mean(np.array(flipped)[dropped]) < 0.7, "of each other they know nothing"
         for x in (torch.stack(normal), torch.stack(z1)[:, 0, 0, 0], z1[0], z1[1]):
             assert abs(x.mean()) < 0.4 and abs(x.std() - 1) < 0.3
         args.seed, args.label_drop = 1, 0.4
@@ -2838,10 +2840,10 @@ def test_generator_flags():
             trained("--compile", "--checkpointing", "--val-images", 7)
             assert len(checkpointed) == compiled.call_count == 1
             assert opened[1][0] == (*(str(d / "data" / part) for part in ("train", "val")), 7)
-        other = trained("--steps", 3, "--save-every", 2, "--log-every", 2, "--seed", 1)[0]
+        other = trained("--steps", 3, "--save-every", 2, "--log-every", 3, "--seed", 1)[0]
         moved = [part["model"]["x_embedder.proj.weight"] for part in (saved, other)]
         assert (moved[0] - moved[1]).abs().max() > 0.1, "another start, though lr is 0.002"
-        assert [row["step"] for row in rows_of(out)] == ["2", "3"]
+        assert [row["step"] for row in rows_of(out)] == ["3"]
         assert [p.name[-4:] for p in sorted(out.glob("*.pt"))] == ["2.pt", "3.pt"]
         drawn = [call[0][2].name[-5:] for call in grid.call_args_list]
         assert drawn == ["1.png", "1.png", "3.png"]
