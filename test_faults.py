@@ -908,6 +908,54 @@ def test_killed_before_a_deletion():
         assert sorted((d / "out").glob("*.pt")) == [two, three, four]
 
 
+# What Windows lacks, and macOS in part; that ctypes.CDLL(None) raises; workers started by spawn
+ANOTHER_SYSTEM = """
+import ctypes, multiprocessing, os, signal, sys
+import numpy, PIL.Image, torch, torchvision, torch.utils.data, tqdm  # they know other systems
+torch.utils.data._utils.signal_handling._set_SIGCHLD_handler = lambda: None
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for module, names in (
+        (signal, "SIGHUP SIGUSR1 SIGUSR2 SIGCHLD SIGALRM alarm"),
+        (os, "fork forkpty register_at_fork sched_getaffinity killpg getuid mkfifo sysconf")):
+    for name in names.split():
+        delattr(module, name)
+def library(name, *args, load=ctypes.CDLL):
+    if name is None:
+        raise TypeError("argument 1 must be str, not None")
+    return load(name, *args)
+ctypes.CDLL = library
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    import runs, sample, train_dit, train_tokenizer
+    def main():
+        for flags in json:
+            script, *flags = flags
+            globals()[script[:-3]].main(flags)
+    runs.launch(main)
+"""
+
+
+def test_another_system():
+    """A tokenizer, a generator with a loader's worker, samples, where nothing is that only Linux
+    has, and workers are started by spawn. That there are no locks is said once."""
+    with folder() as d:
+        tok = d / "tok" / "stage1.pt"
+        images = ["--data", write_shapes(d / "data", 24, 64), "--val", write_shapes(d / "val", 24)]
+        commands = [
+            ["train_tokenizer.py", *SMALL, *images, "--stage", 1, "--steps", 2, "--out", d / "tok"],
+            tiny_dit(tok, *images, "--steps", 1, "--workers", 1, "--out", d / "dit"),
+            ["sample.py", "--preset", "tiny", "--tokenizer", tok, "--dit",
+             d / "dit" / "dit_step00000001.pt", "--num", 2, "--steps", 1, "--out", d / "images"]]
+        script = d / "script.py"
+        script.write_text(ANOTHER_SYSTEM.replace(
+            "in json", f"in {[[str(flag) for flag in flags] for flags in commands]!r}"))
+        process = start(script)
+        text = end(process)
+        assert process.returncode == 0 and text.count("no locks here") == 1, text[-3000:]
+        assert len(rows_of(d / "tok")) == 2 and (d / "images" / "000001.png").exists()
+
+
 # ---------------------------------------------------------------------------- real processes: kills
 
 SLOW = [*SMALL, "--grid-every", "3", "--log-every", "3", "--save-every", "1", "--steps", "4"]
