@@ -2114,6 +2114,10 @@ def test_weight_gradients_by_taps():
         assert "TapConvolution" in conv(x).grad_fn.name()
         conv.requires_grad_(False)
         assert torch.allclose(torch.autograd.grad(conv(x).sin().sum(), x)[0], plain[0])
+    depthwise = torch.nn.Conv2d(64, 64, 3, groups=64)
+    with patch("torch.backends.cpu.get_cpu_capability", lambda: "AVX2"):
+        runs.fast_weight_gradients(depthwise)
+    assert "TapConvolution" not in depthwise(torch.ones(1, 64, 3, 3)).grad_fn.name()
 
 
 # ------------------------------------------------------------------------------- train_tokenizer.py
