@@ -2311,7 +2311,7 @@ def test_a_collapsed_discriminator_shows_in_the_log():
 
     s, args = stage_by_hand(tok, None)  # the weight of another term is at the limit of its own
     recon, layer = tok(torch.ones(1, 3, 32, 32))[0], tok.decoder.conv_in.weight
-    s.objective = lambda x: (recon, {"term": (1.0, 0 * recon.sum(), layer, 5.0)})
+    s.objective = lambda x: (x, recon, {"term": (1.0, 0 * recon.sum(), layer, 5.0)})
     log = tt.training_step(torch.ones(1, 3, 32, 32), [], s, args, gan=False, last=True)
     assert log["term_adaptive"] == 5
 
@@ -2881,8 +2881,9 @@ def test_generator_flags():
             execute(train_dit, *ours, "--cache", d / "z.npy", "--out", d / "again")
         with (patch.object(train_dit, "set_up", side_effect=UserError("seen")) as set_up,
               refused("seen")):
-            execute(train_dit, "--preset", "tiny", "--out", d / "shapes")
-        assert set_up.call_args[0][2].split == "train"
+            execute(train_dit, *ours[:2], "--tokenizer", d / "tok.pt", "--size", 32, "--out",
+                    d / "shapes")
+        assert set_up.call_args[0][3].split == "train"
 
 
 def test_published_recipes():
