@@ -294,8 +294,8 @@ def outdated(result, record, recipe, overwrite, present):
     recipe = json.loads(json.dumps(recipe))  # as it will be read back
     then = read_record(record)
     if present and not then:
-        raise UserError(f"{result} was not made by this script, which keeps {record}: move it away, "
-                        "or choose another name")
+        raise UserError(f"{result} was not made by this script, which keeps {record}: move it "
+                        "away, or choose another name")
     if overwrite:
         return any(then.get(k) != v for k, v in recipe.items())
     if then:

@@ -43,8 +43,11 @@ def hinge_d(real, fake):
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
+ADAPTIVE_LIMIT = 1e4
+
+
 # w_g = --w-g * |grad L_rec| / (|grad L_GAN| + 1e-4), the gradients at the decoder's last layer
-def adaptive_weight(rec, other, last_layer, limit=1e4, beside=0):
+def adaptive_weight(rec, other, last_layer, limit=ADAPTIVE_LIMIT, beside=0):
     """|grad rec| / (|grad other| + 1e-4) at a last layer, clamped to [0, limit], detached.
     With this weight the other loss pulls at that layer as strongly as the reconstruction loss does.
     L_GAN is weighed at the decoder's last layer, VA-VAE's VF loss at the encoder's. beside: what

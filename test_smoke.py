@@ -2316,6 +2316,32 @@ def test_a_collapsed_discriminator_shows_in_the_log():
     assert log["term_adaptive"] == 5
 
 
+def test_warnings_of_the_gan():
+    """A collapsed discriminator, one that has won, and an adaptive weight at its limit are named
+    once, with the step; the figures of a healthy run are not."""
+    said, healthy = io.StringIO(), {"d_real": 0.6, "d_fake": 0.5, "d_loss": 1.0, "adaptive": 0.3}
+    s = SimpleNamespace(prefix="stage1", warned=set(), step=0)
+    with contextlib.redirect_stderr(said):
+        for row in ({}, {}, {"d_real": 0.95, "d_fake": 0.9, "d_loss": 0.1}, {"adaptive": 900.0},
+                    {"d_real": 0.0, "d_fake": 1.0}, {"d_real": 1.0, "d_fake": 0.0},
+                    {"d_real": 1.0, "d_fake": 1.0, "d_loss": 0.0}, {"adaptive": 1e4}):
+            s.step += 1
+            tt.warn_of_gan(s, healthy | row)
+        tt.warn_of_gan(s, {"rec": 0.5})  # the GAN is off
+    found = said.getvalue().splitlines()
+    for line, words in zip(found, ("step 5: the discriminator has collapsed", "step 7: the disc",
+                                   "step 8: the adaptive weight"), strict=True):
+        assert words in line, line
+
+    def constant(self, x):
+        return 0.5 + 0 * (x.mean() + self.main[0].weight.mean()).expand(len(x))
+
+    with (patch.object(losses.PatchGAN, "forward", constant), contextlib.redirect_stderr(said)):
+        execute(tt, *SMALL, "--stage", 1, "--steps", 2, "--out", TMP / "collapsed")
+    assert said.getvalue().count("step 1: the discriminator has collapsed") == 1
+    assert said.getvalue().count("collapsed") == 2, "here and above"
+
+
 def test_stages_train_what_they_say():
     """Which parts each stage changes; D goes on through all; a stage's result is its EMA; stage 3
     leaves the latents alone; a tokenizer's file needs nothing else."""
@@ -2728,7 +2754,8 @@ def test_train_dit():
         content = load_file(d / "tok.pt") | {"recipe": {"size": 32}}
         save_checkpoint(d / "sized.pt", content)
         flags = [flag for flag in ours if flag not in ("--size", "32")]
-        execute(train_dit, *flags, "--tokenizer", d / "sized.pt", "--out", d / "sized", "--steps", 1)
+        sized = ["--tokenizer", d / "sized.pt", "--out", d / "sized"]
+        execute(train_dit, *flags, *sized, "--steps", 1)
         assert load_file(d / "sized" / "dit_step00000001.pt")["recipe"]["size"] == 32
 
         other = save_tokenizer(small_tokenizer(seed=1), d / "other.pt")
@@ -2920,6 +2947,45 @@ def test_loss_by_time():
     t = torch.tensor([0.0, 1.0, 0.25, 0.3])
     sums, numbers = train_dit.by_time(torch.tensor([1.0, 2, 4, 8]), t)
     assert sums.tolist() == [1, 12, 0, 0, 2] and numbers.tolist() == [1, 2, 0, 0, 1]
+
+
+def test_updates_against_loops():
+    """Two updates of each script: the fused optimiser, the clip, the EMA and zero_grad, against
+    loops over single numbers; what is frozen stays as it is."""
+    conv, last = torch.nn.Conv2d(2, 3, 2), torch.nn.Conv2d(3, 1, 1)
+    net = torch.nn.Sequential(conv, torch.nn.GroupNorm(1, 3), frozen(last))
+    net.to(memory_format=torch.channels_last)
+    for script, adam, (b1, b2), clip in ((tt, torch.optim.Adam, (0.5, 0.9), math.inf),
+                                         (train_dit, torch.optim.AdamW, (0.9, 0.95), 0.1)):
+        model, ema = copy.deepcopy(net), frozen(copy.deepcopy(net))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        averaged = list(ema.parameters())[:len(trained)]
+        opt = adam(trained, 0.01, betas=(b1, b2), weight_decay=0, fused=True)
+        s = SimpleNamespace(tokenizer=model, model=model, ema=ema, trained=trained, opt=opt,
+                            opt_g=opt, opt_d=None)
+        args = SimpleNamespace(clip=clip, ema_decay=0.7)
+
+        def numbers(tensors):
+            return torch.cat([p.detach().flatten() for p in tensors]).tolist()
+
+        w = numbers(trained)
+        e, m, v = list(w), [0.0] * len(w), [0.0] * len(w)
+        for t in (1, 2):
+            for p in trained:
+                p.grad = torch.randn_like(p)
+            g = numbers(p.grad for p in trained)
+            script.update(s, args, *([False] if script is tt else []))
+            scale = min(1, clip / math.sqrt(sum(x * x for x in g)))
+            for i, x in enumerate(g):
+                m[i] = b1 * m[i] + (1 - b1) * scale * x
+                v[i] = b2 * v[i] + (1 - b2) * (scale * x) ** 2
+                w[i] -= 0.01 * m[i] / (1 - b1 ** t) / (math.sqrt(v[i] / (1 - b2 ** t)) + 1e-8)
+                e[i] = 0.7 * e[i] + 0.3 * w[i]
+            for found, expected in ((numbers(trained), w), (numbers(averaged), e)):
+                assert np.allclose(found, expected, rtol=1e-5, atol=1e-7)
+            assert all(p.grad is None for p in trained)
+        for part in (model, ema):
+            assert torch.equal(part[2].weight, last.weight) and torch.equal(part[2].bias, last.bias)
 
 
 # ---------------------------------------------------------------------------------------- sample.py

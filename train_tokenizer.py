@@ -60,6 +60,7 @@ from files import (
     reading,
     save_checkpoint,
     sha256,
+    warn,
 )
 from model import DECODERS, Tokenizer, update_ema
 from runs import count, index, positive, weight
@@ -178,7 +179,9 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
     describe_stage(s, args, data, device)
 
     def row():
-        return {"stage": s.number, "step": s.step} | s.meter.average()
+        figures = s.meter.average()
+        warn_of_gan(s, figures)
+        return {"stage": s.number, "step": s.step} | figures
 
     draw = partial(reconstruction_grid, s.ema or s.tokenizer, held_out, args, device)
     for _ in run.steps(s, args, row, draw):
@@ -191,6 +194,23 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
     if run.rank == 0:
         finish_stage(s, args, data, held_out, device, run.out / f"{s.prefix}.pt")
     runs.barrier(hours=12)  # the other ranks wait longer than a collective may take
+
+
+def warn_of_gan(s, figures):
+    """Says once in a stage what a row of the log shows of a GAN from which G learns nothing."""
+    if "d_loss" not in figures:
+        return
+    right = sorted((figures["d_real"], figures["d_fake"]))
+    for seen, text in (
+            (right[0] < 0.01 and right[1] > 0.99,
+             "the discriminator has collapsed: one answer to every image (d_real, d_fake)"),
+            (figures["d_loss"] < 0.01,
+             "the discriminator has won: certain of every image (d_loss)"),
+            (figures.get("adaptive", 0) > 0.9 * losses.ADAPTIVE_LIMIT,
+             "the adaptive weight of L_GAN is at its limit (adaptive)")):
+        if seen and text not in s.warned:
+            s.warned.add(text)
+            warn(f"{s.prefix}, step {s.step}: {text}; a lower --w-g or --lr may help")
 
 
 # ---- the end of a stage
@@ -297,7 +317,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
     number = args.stages.index(stage) + 1 if args.model == "vfmvae" else stage
     s = SimpleNamespace(
         stage=stage, number=number, prefix=prefix(stage, args), recipe=recipe,
-        may_change=("dtype",), step=0,
+        may_change=("dtype",), warned=set(), step=0,
         steps=args.steps_of[stage], steps_before=start.steps, log_every=args.log_every,
         shown=("rec", "sp", "d_loss"), classes=data.classes, tokenizer=tokenizer,
         discriminator=discriminator,
