@@ -1,9 +1,11 @@
 """The figures of the paper's tables. Of samples: FID, sFID, IS, precision, recall, KID, FD-DINOv2.
-Of a tokenizer: rFID, PSNR, SSIM, LPIPS, and the linear probe of its latents (Figure 3).
+Of a tokenizer: rFID, PSNR, SSIM, LPIPS, the linear probe of its latents (Figure 3), and their
+alignment with a foundation encoder (CKNNA, and VFM-VAE's SE-CKNNA).
 
     Samples:     python fid.py REF SAMPLES [--metrics fid,sfid,is,pr,kid] [--features dinov2]
     Tokenizer:   python fid.py --recon runs/tokenizer/stage3.pt data/imagenet/val
     Probe:       python fid.py --probe runs/tokenizer/stage3.pt data/imagenet/{train,val}
+    Alignment:   python fid.py --cknna runs/tokenizer/stage3.pt data/imagenet/val
     REF, once:   python fid.py data/imagenet/train --size 256 --save-stats ref.npz
 
 REF and SAMPLES: a folder of images (all levels); an npz of images (arr_0: uint8 (N, H, W, 3)), of
@@ -45,6 +47,7 @@ from data import (
     center_crop,
     in_order,
     on_rank_0,
+    rng,
     to_pixels,
     to_uint8,
 )
@@ -66,7 +69,7 @@ from losses import ssim
 from model import DINOv2
 from runs import Parser, count, index, launch, setup_ranks
 from toy import Shapes
-from vfm_vae import VFMVAE
+from vfm_vae import VFMVAE, resize
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -468,6 +471,89 @@ def linear_probe(train_x, train_y, val_x, val_y, device="cpu"):
     optimiser.step(closure)
     with torch.no_grad():
         return 100 * (linear(val_x).argmax(1) == val_y).float().mean().item()
+
+
+# ---- of a tokenizer's features: alignment
+
+def prepared(x):
+    """Features (n, D) as CKNNA takes them: outliers clamped to the 95th percentile of all absolute
+    values, then rows of unit norm."""
+    limit = x.abs().flatten().kthvalue(int(0.95 * x.numel()) + 1).values
+    return F.normalize(x.clamp(-limit, limit), dim=1)
+
+
+# HSIC = [sum K L' + sum K sum L / (n-1)(n-2) - 2 sum (K L) / (n-2)] / n(n-3), diagonals zero
+def hsic(K, L):
+    """The unbiased estimate, of kernels (n, n) that need not be symmetric; n > 3."""
+    n = len(K)
+    K, L = (X.clone().fill_diagonal_(0) for X in (K, L))
+    both = (K * L.T).sum(dtype=torch.float64)
+    total_K, total_L = (X.sum(dtype=torch.float64) for X in (K, L))
+    product = K.sum(0, dtype=torch.float64) @ L.sum(1, dtype=torch.float64)  # sum of K @ L
+    return (both + total_K * total_L / ((n - 1) * (n - 2)) - 2 * product / (n - 2)) / (n * (n - 3))
+
+
+def neighbours(K, k):
+    """(n, n), true where a column is among the k largest of its row, not counting the row itself."""
+    nearest = K.clone().fill_diagonal_(-math.inf).topk(k, dim=1).indices
+    return torch.zeros_like(K, dtype=torch.bool).scatter_(1, nearest, True)
+
+
+def cknna(a, b, k=10, prepare=True):
+    """Centred kernel alignment of features (n, D), (n, D') of the same images, over pairs that are
+    neighbours on both sides (Huh et al. 2024, The Platonic Representation Hypothesis)."""
+    K, L = (x @ x.T for x in (map(prepared, (a, b)) if prepare else (a, b)))  # (n, n)
+    near_K, near_L = neighbours(K, k), neighbours(L, k)
+    near = near_K & near_L
+    own = hsic(K * near_K, K * near_K) * hsic(L * near_L, L * near_L)
+    return (hsic(K * near, L * near) / (own.sqrt() + 1e-6)).item()
+
+
+NOISE = (0.05, 0.10, 0.15, 0.20)  # standard deviations, of pixels in [0, 1]
+
+
+def variants(pixels, indices):
+    """SE-CKNNA's sets of a batch of images, uint8 (B, 3, H, W): yields (set, indices, pixels,
+    scale). "clean"; noise of four strengths; "turned": a rotation and a scale for each image. Each
+    draw is numpy's for the seed 42 + index."""
+    yield "clean", indices, pixels, 1.0
+    images = pixels.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+    for sigma in NOISE:
+        noise = [np.random.RandomState(42 + i).normal(0, sigma, images.shape[1:]) * 255
+                 for i in indices.tolist()]
+        noisy = (images + np.stack(noise)).clip(0, 255).astype(np.uint8)
+        yield f"noise {sigma}", indices, torch.from_numpy(noisy).permute(0, 3, 1, 2), 1.0
+    turned, scales = pixels.clone(), []
+    for j, i in enumerate(indices.tolist()):
+        r = np.random.RandomState(42 + i)
+        turned[j] = torch.rot90(pixels[j], r.choice([0, 90, 180, 270]) // 90, (1, 2))
+        scales.append(r.choice([1, 0.75, 0.5, 0.25]))
+    scales = torch.tensor(scales)
+    for scale in (1.0, 0.75, 0.5, 0.25):
+        chosen = scales == scale
+        if chosen.any():
+            yield "turned", indices[chosen], turned[chosen.to(turned.device)], scale
+
+
+def latents_and_tokens(tokenizer, pixels, indices, scale):
+    """{"latents": (B, d), sampled where the tokenizer samples; "encoder": the last tokens of its
+    foundation encoder, (B, D), if it has one}: means over the positions, of uint8 (B, 3, H, W)."""
+    x = pixels.float() / 127.5 - 1
+    is_vfm = isinstance(tokenizer, VFMVAE)  # it shrinks images as in its own training
+    x = resize(x, scale, tokenizer.vfm_encoder.mode if is_vfm else "bilinear", antialias=is_vfm)
+    tokens = tokenizer.features(x)  # (B, N, D); a VAE's: mean | log-variance
+    h, w = (side // tokenizer.factor for side in x.shape[-2:])
+    if not isinstance(tokenizer, (VAE, VFMVAE)):
+        return {"latents": tokenizer.adapt(tokens, h, w).mean((2, 3)), "encoder": tokens.mean(1)}
+    moments = tokenizer.moments(tokens, h, w).flatten(2).transpose(1, 2) if is_vfm else tokens
+    mean, logvar = moments.float().chunk(2, dim=2)  # (B, h*w, d) each
+    noise = [rng("cknna", i).standard_normal(mean.shape[1:], np.float32) for i in indices.tolist()]
+    noise = torch.from_numpy(np.stack(noise)).to(mean.device)
+    z = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
+    found = {"latents": z.mean(1)}
+    if is_vfm:
+        found["encoder"] = tokens[..., -tokenizer.arguments["dim"]:].mean(1)
+    return found
 
 
 # ---- images
@@ -889,6 +975,74 @@ def probe(args, rank, world, device):
     report.write(args.json)
 
 
+def load_reference(args, device):
+    """(features(pixels uint8 (B, 3, H, W), scale) -> (B, D), the weights' sha256, the rule's name)
+    of --reference, or of the judge."""
+    if args.judge:
+        net, digest, rule, _ = args.judge
+        net.to(device)
+
+        def features(pixels, scale):
+            x = resize(pixels.float(), scale, "bilinear", antialias=False)
+            return net(x.round().byte(), rule)["pool"]
+        return features, digest, rule
+    net, digest = load_dinov2(args.reference)
+    encoder = net.to(device).encoder
+
+    def features(pixels, scale):
+        if scale == 1:
+            x = resize_pil(pixels, net.side)
+        else:
+            side = int(net.side * scale)
+            x = F.interpolate(pixels.float() / 255, (side, side), mode="bilinear")
+        pad = -x.shape[-1] % encoder.patch
+        x = F.pad(x, (0, pad, 0, pad), mode="reflect")
+        return encoder((x - encoder.pixel_mean) / encoder.pixel_std)[1].mean(1)
+    return features, digest, f"PIL {net.side}"
+
+
+@torch.inference_mode()
+def alignment(args, rank, world, device):
+    """--cknna: CKNNA of latents, and of the tokenizer's own encoder, with a reference encoder;
+    SE-CKNNA, its mean over noisy, turned and scaled images; in one process."""
+    if rank != 0:
+        return
+    path, folder = args.cknna
+    tokenizer, size = open_tokenizer(path, args.size, device)
+    images = ImageSet(folder, size, "val")
+    if images.n <= 10:
+        raise UserError(f"--cknna: {folder} holds {images.n} images; 10 neighbours take more")
+    if images.n > 20_000:
+        raise UserError(f"--cknna: {folder} holds {images.n} images, and kernels of N x N would "
+                        "not fit: give a folder of 10,000, as the protocol has")
+    reference, digest, rule = load_reference(args, device)
+    rows = {}  # (set, whose) -> (n, D)
+    for pixels, indices in images.read(args, 0, 1, device):
+        for name, chosen, x, scale in variants(pixels, indices):
+            x = x.to(device)
+            found = latents_and_tokens(tokenizer, x, chosen, scale)
+            found["reference"] = reference(x, scale)
+            for whose, features in found.items():
+                out = rows.setdefault((name, whose), torch.zeros(images.n, features.shape[1]))
+                out[chosen] = features.float().cpu()
+    report = Report(tokenizer=f"{path} {sha256(path)[:8]}", images=f"{images.path}, {size} px",
+                    reference="the judge" if args.judge else args.reference)
+    for whose in ("latents", "encoder"):
+        if ("clean", whose) not in rows:
+            continue
+        by_set = {name: cknna(rows[name, whose], rows[name, "reference"])
+                  for name, part in rows if part == whose}
+        clean = by_set.pop("clean")
+        traced = images.n, images.n, rule, digest
+        report.add(f"CKNNA, {whose}", clean, *traced, note="clean, k = 10")
+        note = "mean of " + ", ".join(f"{name} {value:.4f}" for name, value in by_set.items())
+        report.add(f"SE-CKNNA, {whose}", sum(by_set.values()) / len(by_set), *traced, note=note)
+    if images.n != 10_000:
+        report.warnings.append(f"{images.n} images, not the protocol's 10,000: CKNNA is a figure "
+                               "of its N")
+    report.write(args.json)
+
+
 # ---- the command line
 
 def parse(argv=None, judge=None):
@@ -900,6 +1054,10 @@ def parse(argv=None, judge=None):
         help="rFID, PSNR, SSIM, LPIPS of a tokenizer")
     add("--probe", nargs=3, metavar=("CKPT", "TRAIN", "VAL"),
         help="linear probe of a tokenizer's latents")
+    add("--cknna", nargs=2, metavar=("CKPT", "DATA"),
+        help="CKNNA and SE-CKNNA of a tokenizer's latents and encoder against --reference")
+    add("--reference", default="vitg14",
+        help="--cknna: official name, DINOv2 file or tokenizer checkpoint (default: %(default)s)")
     add("--tokens", action="store_true", help="--probe: of the tokens before the adapter")
     add("--metrics",
         help="of fid,sfid,is,pr,kid; --recon: rfid,psnr,ssim,lpips (default: all possible)")
@@ -932,8 +1090,9 @@ def parse(argv=None, judge=None):
     args = p.parse_args(argv)
 
     args.judge = judge
-    if bool(args.paths) + bool(args.recon) + bool(args.probe) != 1:
-        raise UserError("give REF SAMPLES, --recon CKPT DATA or --probe CKPT TRAIN VAL")
+    if sum(map(bool, (args.paths, args.recon, args.probe, args.cknna))) != 1:
+        raise UserError("give REF SAMPLES, --recon CKPT DATA, --probe CKPT TRAIN VAL or --cknna "
+                        "CKPT DATA")
     if args.paths and len(args.paths) not in ((1, 2) if args.save_stats else (2,)):
         raise UserError(f"REF SAMPLES are two paths, not {len(args.paths)}; --save-stats takes one")
     # before the work, not after it
@@ -949,7 +1108,8 @@ def main(argv=None, judge=None):
     args = parse(argv, judge)
     # on by default, and coarser than the figures' last digit
     torch.backends.cudnn.allow_tf32 = False
-    command = reconstruction if args.recon else probe if args.probe else evaluate
+    command = (reconstruction if args.recon else probe if args.probe
+               else alignment if args.cknna else evaluate)
     command(args, *setup_ranks())
 
 

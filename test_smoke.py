@@ -13,6 +13,7 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -2579,6 +2580,80 @@ def test_baselines():
             execute(tt, *flags, "--model", *more, "--out", TMP / "none")
 
 
+def test_vfm_vae_trains():
+    """Its four stages: what trains, what stays, the log; an exact resume, draws and all; two ranks;
+    its tokenizer serves the other scripts; each mistake is one line."""
+    run, flags = TMP / "vfm", [*SMALL, "--model", "vfmvae", "--accum", 1]
+    execute(tt, *flags, "--steps", 2, "--out", run)
+    stages, finals = list(vfm_vae.STAGES), []
+    encoder = {"post_quant", "patch_quants", "final_quant", "linear_proj"}
+    for i, stage in enumerate(stages):
+        finals.append(load_file(run / f"{stage}.pt"))
+        assert finals[i]["total_steps"] == 2 * (i + 1)
+        if not i:
+            continue
+        before, now = (final["tokenizer"] for final in finals[-2:])
+        moved = {k for k, v in now.items() if not torch.equal(v, before[k])}
+        parts = {k.split(".")[1 if k.startswith("ldm") else 0] for k in moved} - {
+            "latent_mean", "latent_std"}
+        assert parts == {"weak": encoder | {"mapping", "synthesis"},
+                         "ssim": {"post_quant", "mapping", "synthesis"},
+                         "patchgan": {"synthesis"}}[stage], (stage, parts)
+        assert ("linear_proj" in str(now.keys())) == (stage == "weak")
+        assert ("latent_std" in moved) == (stage == "weak")
+        d = [{k for k, v in finals[i]["discriminator"].items() if k.startswith(part)
+              and not torch.equal(v, finals[i - 1]["discriminator"][k])}
+             for part in ("main.", "patch.")]
+        assert d[0] and bool(d[1]) == (stage == "patchgan")
+    assert {k.split(".")[2] for k in moved} == {"3", "4", "5"}, "the decoder's second half"
+    rows = rows_of(run)
+    assert [(row["stage"], row["step"]) for row in rows] == [(s, n) for s in "1234" for n in "12"]
+    for name, stages_with in {"kl": "12", "vf_adaptive": "12", "ssim": "3", "matching": "4",
+                              "multires": "1234", "d_loss": "1234"}.items():
+        assert {row["stage"] for row in rows if row[name]} == set(stages_with), name
+    opt = finals[0]["opt_d"]["param_groups"][0]
+    assert (opt["lr"], opt["betas"]) == (1e-3, (0.0, 0.99))
+
+    again, one = TMP / "vfm-again", [*flags, "--stage", "strong", "--steps"]
+    for out, steps in ((again, 1), (again, 3), (TMP / "vfm-whole", 3)):
+        execute(tt, *one, steps, "--out", out, "--save-every", 1)
+    a, b = (load_file(out / "strong_step00000003.pt") for out in (again, TMP / "vfm-whole"))
+    assert (difference := same(a, b)) is None, difference
+    complete("train_tokenizer.py", *flags, "--stage", "patchgan", "--init", run / "ssim.pt",
+             "--steps", 2, "--out", TMP / "vfm-ranks", ranks=2)
+
+    weak, last = (load_tokenizer(run / f"{stage}.pt", vfm_vae.VFMVAE)
+                  for stage in ("weak", "patchgan"))
+    prints = [files.fingerprint(t) for t in (weak, last)]
+    assert prints[0] == prints[1] and last.latent_std.min() > 0
+    with mini_size(), folder() as d:
+        execute(train_dit, *mini_dit(d), "--size", 64, "--steps", 1, "--out", d / "dit",
+                "--tokenizer", run / "patchgan.pt", "--data", "shapes", "--val-images", 8,
+                *["--batch-size", 64])
+        execute(sample, "--preset", "tiny", "--dit", d / "dit" / "dit_step00000001.pt", "-n", 2,
+                "--tokenizer", run / "weak.pt", "--steps", 2, "--out", d / "images")
+        assert Image.open(d / "images" / "000001.png").size == (64, 64)
+
+    for words, more in {
+            ("there is no", "--stage ssim"): ["--stage", "patchgan"],
+            ("is of stage strong", "continues from stage ssim"):
+                ["--stage", "patchgan", "--init", run / "strong.pt"],
+            ("dino none -> random",): ["--stage", "weak", "--init", run / "strong.pt", "--dino",
+                                       "random"],
+            ("--model vfmvae has strong, weak",): ["--stage", 1],
+            ("--init continues",): ["--stage", "strong", "--init", "x"],
+            ("latent sides by 4", "not 80"): ["--size", 80],
+            ("--batch-size 9", "equal groups of at most 8"): ["--batch-size", 9],
+            ("give its file", "siglip2"): ["--encoder", "siglip2-l16-512"],
+            ("no SigLIP2",): ["--encoder", TMP / "no-siglip.pt"],
+            ("--dino", vfm_vae.DINO_URL): ["--dino", TMP / "nothing.pth"]}.items():
+        torch.save({"vision_model.x": torch.zeros(1)}, TMP / "no-siglip.pt")
+        with refused(*words):
+            execute(tt, *flags, "--steps", 1, "--out", TMP / "vfm-none", *more)
+    with refused("--stage weak goes with --model vfmvae"):
+        execute(tt, *SMALL, "--stage", "weak", "--out", TMP / "vfm-none")
+
+
 def test_resume_is_exact():
     """Stage 2, GAN and EMA on, across an epoch boundary, with accumulation, images without labels:
     stopped at step 3 of 5, or never."""
@@ -3807,6 +3882,85 @@ def test_fid_of_a_tokenizer():
         assert [of for of, _ in sets] == [("train", 8192, 64), ("val", 512, 64), ("val", 512, 64)]
         with refused("class folders"):
             execute(fid, "--probe", path, a / "class0", a, "--workers", 0)
+
+
+def test_cknna():
+    """HSIC against its sum over quadruples of images, the mask and the whole against loops, the
+    official values; a rotation of the features changes nothing; SE-CKNNA's sets."""
+    a, b = torch.randn(2, 7, 4, dtype=torch.float64)
+    K, L = a @ a.T, b @ b.T
+    total = sum(K[i, j] * (L[j, i] + L[q, r] - 2 * L[j, q])  # of distinct images
+                for i, j, q, r in itertools.permutations(range(7), 4)).item()
+    close(fid.hsic(K, L).item(), total / math.perm(7, 4))
+    L, pairs = a @ b.T, list(itertools.permutations(range(7), 2))  # not symmetric
+    total = sum(K[i, j] * L[j, i] for i, j in pairs)
+    total += sum(K[i, j] for i, j in pairs) * sum(L[i, j] for i, j in pairs) / (6 * 5)
+    total -= sum(K[i, j] * L[j, q] for i, j in pairs for q in range(7) if q != j) * 2 / 5
+    close(fid.hsic(K, L).item(), total.item() / (7 * 4))
+
+    x, y = (fid.prepared(v) for v in (a, b))
+    limit = sorted(a.abs().flatten().tolist())[int(0.95 * 28)]
+    clamped = a.clamp(-limit, limit)
+    assert torch.allclose(x, clamped / clamped.norm(dim=1, keepdim=True))
+    K, L = (v @ v.T for v in (x, y))
+    near = torch.zeros(2, 7, 7)
+    for n, M in enumerate((K, L)):
+        for i in range(7):
+            for j in sorted(set(range(7)) - {i}, key=lambda j: -M[i, j])[:2]:
+                near[n, i, j] = 1
+    own = [fid.hsic(M * m, M * m) for M, m in zip((K, L), near)]
+    both = fid.hsic(K * near[0] * near[1], L * near[0] * near[1])
+    close(fid.cknna(a, b, 2), (both / ((own[0] * own[1]).sqrt() + 1e-6)).item())
+    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    close(fid.cknna(a, a @ turn, 2, prepare=False), 1, 1e-4)
+
+    pixels, indices = torch.full((40, 3, 8, 8), 128, dtype=torch.uint8), torch.arange(40)
+    pixels[:, :, 0, 0] = 255
+    sets = list(fid.variants(pixels, indices))
+    assert [name for name, *_ in sets[:5]] == ["clean"] + [f"noise {s}" for s in fid.NOISE]
+    one, two = (sets[i][2][:, :, 1:, 1:].float() for i in (1, 4))
+    assert abs(one.std() / 255 - 0.05) < 2e-3 and abs(two.std() / 255 - 0.2) < 1e-2
+    again = list(fid.variants(pixels[3:5], indices[3:5]))
+    assert torch.equal(again[2][2], sets[2][2][3:5]), "an image's noise is its own"
+    turned = {int(i): (p, scale) for _, chosen, x, scale in sets[5:] for i, p in zip(chosen, x)}
+    assert sorted(turned) == list(range(40)) and len({s for _, s in turned.values()}) == 4
+    corners = {tuple((p[0] == 255).nonzero()[0].tolist()) for p, _ in turned.values()}
+    assert corners == {(0, 0), (0, 7), (7, 0), (7, 7)}
+
+    _, given, out = fixture("cknna")
+    for name in ("AB", "AC", "AA"):
+        x, y = (given[k] for k in name)
+        found = {f"{name}_k{k}": fid.cknna(x, y, k) for k in (2, 5, 10, 95)}
+        found[f"{name}_raw_unbiased_k10"] = fid.cknna(x, y, prepare=False)
+        equal({k: torch.tensor(v) for k, v in found.items()}, out, {})
+
+
+def test_cknna_command():
+    """A tokenizer against its own encoder: the encoder's CKNNA is 1; of a VFM-VAE and a VAE."""
+    vfm = vfm_vae.VFMVAE({"dinov2": ENCODERS["tiny14"]}, **vfm_vae.reading_sizes(
+        "tiny", DINOv2(**ENCODERS["tiny14"])))
+    with folder() as d:
+        write_images(d / "a", n=24)
+        own = random_weights(Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]), scale=0.05)
+        encoder = d / "encoder.pt"
+        torch.save(own.encoder.state_dict(), encoder)
+        for tokenizer in (own, random_weights(vfm, scale=0.05), VAE(DECODERS["tiny"])):
+            save_checkpoint(d / "t.pt", {
+                "tokenizer": tokenizer.state_dict(), "arguments": tokenizer.arguments,
+                "recipe": {"size": 64}})
+            found = figures("--cknna", d / "t.pt", d / "a", "--reference", encoder,
+                            "--batch-size", 7)
+            whose = ["latents"] if isinstance(tokenizer, VAE) else ["latents", "encoder"]
+            assert list(found) == [f"{m}, {w}" for w in whose for m in ("CKNNA", "SE-CKNNA")]
+            assert tokenizer is not own or found["CKNNA, encoder"] > 0.9 > found["CKNNA, latents"]
+        for words, argv in {("10 neighbours",): ["--cknna", d / "t.pt", d / "a" / "class0"],
+                            ("--cknna CKPT DATA",): []}.items():
+            if argv:
+                shutil.rmtree(d / "a" / "class1")
+                for path in sorted((d / "a" / "class0").iterdir())[8:]:
+                    path.unlink()
+            with refused(*words):
+                execute(fid, *argv, "--reference", encoder, "--workers", 0)
 
 
 # --------------------------------------------------------------------------------- results/judge.py

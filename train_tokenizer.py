@@ -550,7 +550,7 @@ PRESETS = {
 }
 # What --model vfmvae changes. None: as its stage says (vfm_vae.STAGES); steps: of its four stages.
 VFM_PRESETS = {
-    "tiny": {"steps": (250, 250, 100, 100), "dino": "none", "ema_decay": 0.98},
+    "tiny": {"steps": (300, 300, 75, 75), "batch_size": 16, "dino": "none"},
     "paper": {"encoder": "siglip2-l16-512", "decoder": "paper", "dino": "official", "lr": None,
               "w_p": None, "ema_decay": None, "batch_size": 512,
               "steps": [round(row["images"] / 512) for row in vfm_vae.STAGES.values()]},

@@ -1109,8 +1109,8 @@ def objective(s, args, x, noise):
 # Arguments of VFMVAE; scale for patches of 16 px. paper: 139,770,680 parameters train.
 VFM_VAES = {
     "tiny": {"scale": 1, "width": 64, "expansion": 128, "style": 128,
-             "synthesis": {"channels": (128, 128, 128, 64, 64, 32), "injections": (128, 64, 32, 32),
-                           "layers": (2, 2, 2, 2, 2, 2), "kernels": (5, 5, 5, 5, 5, 5),
+             "synthesis": {"channels": (128, 128, 64, 48, 32, 16), "injections": (128, 64, 32, 32),
+                           "layers": (2, 2, 2, 2, 1, 1), "kernels": (3, 3, 3, 3, 3, 3),
                            "attentions": (1, 1, 1, 0, 0, 0), "noise": 0}},
     "paper": {"scale": 2, "width": 64, "expansion": 512, "style": 512,
               "synthesis": {"channels": (512, 512, 512, 512, 256, 128),
