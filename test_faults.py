@@ -910,7 +910,7 @@ def test_killed_before_a_deletion():
 
 # What Windows lacks, and macOS in part; that ctypes.CDLL(None) raises; workers started by spawn
 ANOTHER_SYSTEM = """
-import ctypes, multiprocessing, os, signal, sys
+import ctypes, multiprocessing, os, signal, sys, time
 import numpy, PIL.Image, torch, torchvision, torch.utils.data, tqdm  # they know other systems
 torch.utils.data._utils.signal_handling._set_SIGCHLD_handler = lambda: None
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
@@ -932,6 +932,7 @@ if __name__ == "__main__":
         for flags in json:
             script, *flags = flags
             globals()[script[:-3]].main(flags)
+        multiprocessing.Process(target=time.sleep, args=(999,)).start()  # launch ends it
     runs.launch(main)
 """
 

@@ -1853,7 +1853,8 @@ def test_batched_array():
         with (patch.object(os, "fsync", side_effect=full),
               refused("No space", "000000000-000000004.npy", "make room")):
             array.write(range(4), values[:4])
-        assert "another process is writing" in error_of(make)
+        if files.fcntl:
+            assert "another process is writing" in error_of(make)
         array.lock.close()  # a stop
         for wrong, words in (({"recipe": "b"}, "tokenizer a -> b"), ({"n": 11}, "rows 10 -> 11")):
             with refused("a.npy", words):
@@ -2034,8 +2035,9 @@ def test_locks():
     """One process at a time; where the system has no locks it goes on, and says so once."""
     with folder() as d:
         path, said = d / ".lock", io.StringIO()
-        with files.lock(path, ""), refused("held"), files.lock(path, "held"):
-            pass
+        if files.fcntl:
+            with files.lock(path, ""), refused("held"), files.lock(path, "held"):
+                pass
         for number in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO):
             error = OSError(number, os.strerror(number))
             system = SimpleNamespace(flock=Mock(side_effect=error), LOCK_EX=0, LOCK_NB=0)
@@ -2319,29 +2321,30 @@ def test_a_collapsed_discriminator_shows_in_the_log():
 
 
 def test_warnings_of_the_gan():
-    """A collapsed discriminator, one that has won, and an adaptive weight at its limit are named
-    once, with the step; the figures of a healthy run are not."""
+    """A collapsed discriminator, one that has won for three rows, and an adaptive weight at its
+    limit are named once, with the step; the rows of a healthy run are not."""
     said, healthy = io.StringIO(), {"d_real": 0.6, "d_fake": 0.5, "d_loss": 1.0, "adaptive": 0.3}
-    s = SimpleNamespace(prefix="stage1", warned=set(), step=0)
+    s = SimpleNamespace(prefix="stage1", seen={}, step=0)
+    won = {"d_real": 1.0, "d_fake": 1.0, "d_loss": 0.0}
     with contextlib.redirect_stderr(said):
-        for row in ({}, {}, {"d_real": 0.95, "d_fake": 0.9, "d_loss": 0.1}, {"adaptive": 900.0},
-                    {"d_real": 0.0, "d_fake": 1.0}, {"d_real": 1.0, "d_fake": 0.0},
-                    {"d_real": 1.0, "d_fake": 1.0, "d_loss": 0.0}, {"adaptive": 1e4}):
+        for row in ({}, {"d_real": 0.95, "d_fake": 0.9, "d_loss": 0.1}, won, won, {}, won, won, won,
+                    won, {"d_real": 0.0, "d_fake": 1.0}, {"d_real": 0.0, "d_fake": 0.0},
+                    {"adaptive": 900.0}, {"adaptive": 1e4}, {"adaptive": 1e4}):
             s.step += 1
             tt.warn_of_gan(s, healthy | row)
         tt.warn_of_gan(s, {"rec": 0.5})  # the GAN is off
-    found = said.getvalue().splitlines()
-    for line, words in zip(found, ("step 5: the discriminator has collapsed", "step 7: the disc",
-                                   "step 8: the adaptive weight"), strict=True):
+    for line, words in zip(said.getvalue().splitlines(), (
+            "step 8: the discriminator has won", "step 10: the discriminator has collapsed",
+            "step 13: the adaptive weight"), strict=True):
         assert words in line, line
 
     def constant(self, x):
-        return 0.5 + 0 * (x.mean() + self.main[0].weight.mean()).expand(len(x))
+        return 0 * (x.mean() + self.main[0].weight.mean()).expand(len(x))
 
-    with (patch.object(losses.PatchGAN, "forward", constant), contextlib.redirect_stderr(said)):
+    with (patch.object(losses.PatchGAN, "forward", constant),
+          contextlib.redirect_stderr(io.StringIO()) as said):
         execute(tt, *SMALL, "--stage", 1, "--steps", 2, "--out", TMP / "collapsed")
-    assert said.getvalue().count("step 1: the discriminator has collapsed") == 1
-    assert said.getvalue().count("collapsed") == 2, "here and above"
+    assert said.getvalue().count("collapsed") == 1, said.getvalue()
 
 
 def test_stages_train_what_they_say():
@@ -2751,8 +2754,9 @@ def test_tokenizer_errors():
             ("cannot write",): ["--out", TMP / "a-file" / "x"]}.items():
         with refused(*words):
             execute(tt, *SMALL, "--steps", 1, "--out", out, *flags)
-    with runs.Run(out, 0, tt.COLUMNS), refused("another run"):
-        execute(tt, *SMALL, "--steps", 1, "--out", out)
+    if files.fcntl:
+        with runs.Run(out, 0, tt.COLUMNS), refused("another run"):
+            execute(tt, *SMALL, "--steps", 1, "--out", out)
     assert "cut.pt" in error_of(load_tokenizer, cut)
     assert "take the stage's final one" in error_of(load_tokenizer, resume)
 
@@ -3314,8 +3318,9 @@ def test_sample_files():
 
         (d / "s.npz.parts").mkdir()
         for out, held in ((npz, d / "s.npz.parts" / ".lock"), (pngs, pngs / ".lock")):
-            with files.lock(held, ""), refused("another process", out.name):
-                execute(sample, *ours, "--out", out)
+            if files.fcntl:
+                with files.lock(held, ""), refused("another process", out.name):
+                    execute(sample, *ours, "--out", out)
             with refused(out.name, "seed 0 -> 1"):
                 execute(sample, *ours, "--out", out, "--seed", 1)
         # --overwrite deletes what was made there, and nothing of the user's
