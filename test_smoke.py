@@ -1751,8 +1751,7 @@ def test_vfm_vae_trains():
     assert prints[0] == prints[1] and last.latent_std.min() > 0
     with mini_size(), folder() as d:
         execute(train_dit, *mini_dit(d), "--size", 64, "--steps", 1, "--out", d / "dit",
-                "--tokenizer", run / "patchgan.pt", "--data", "shapes", "--val-images", 8,
-                *["--batch-size", 64])
+                "--tokenizer", run / "patchgan.pt")
         execute(sample, "--preset", "tiny", "--dit", d / "dit" / "dit_step00000001.pt", "-n", 2,
                 "--tokenizer", run / "weak.pt", "--steps", 2, "--out", d / "images")
         assert Image.open(d / "images" / "000001.png").size == (64, 64)
