@@ -167,12 +167,14 @@ class FoundationEncoder(nn.Module):
         tower = self.encoder["vision_model"]
         x = resize(x, self.scale, self.mode, antialias=False)  # (B, 3, scale*H, scale*W)
         x = tower.embed((x - self.mean) / self.std)  # (B, prefix + N, D)
-        outputs = [x]
-        for block in tower.blocks:
-            x = block(x)
-            outputs.append(x)
-        outputs.append(tower.norm(x))  # index -1
-        return [outputs[n][:, self.prefix:].float() for n in self.layers]
+        parts = [*tower.blocks, tower.norm]
+        wanted = [n % (len(parts) + 1) for n in self.layers]  # -1: the norm
+        outputs = {0: x}
+        for n, part in enumerate(parts, 1):
+            x = part(x)
+            if n in wanted:  # of 24 layers of 1024 tokens few fit into memory
+                outputs[n] = x
+        return [outputs[n][:, self.prefix:].float() for n in wanted]
 
 
 def resize(x, scale, mode, antialias):
@@ -697,6 +699,8 @@ def arguments_of(state):
     found = {"foundation": foundation, "synthesis": synthesis, "d": d, "expansion": expansion,
              "style": len(state["mapping.x_avg"]), "width": None,
              "linear_proj": adapter + "linear_proj.weight" in state}
+    if found["linear_proj"]:
+        found["dim"] = shapes[adapter + "linear_proj.weight"][0]
     layers = numbers(adapter + "patch_quants.")
     if layers:
         width, dim = shapes[adapter + "patch_quants.0.0.blocks.0.proj.weight"]
