@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from files import unwrapped
+from losses import kl_divergence, vf_loss
 from model import Decoder, GroupNorm, LatentSpace, Level, Middle
 
 
@@ -74,7 +76,7 @@ class VAE(LatentSpace):
         None where there is none."""
         if "vf_dim" in content.get("arguments", {}):
             return content["arguments"], content["tokenizer"]
-        state = content.get("state_dict", content)
+        state = unwrapped(content)
         if not {"quant_conv.weight", "encoder.mid.block_1.conv1.weight"} <= state.keys():
             return None
         # Official files hold no sizes: they follow from names and shapes. What only training needs
@@ -109,33 +111,13 @@ class VAE(LatentSpace):
         z_proj = self.linear_proj(z) if hasattr(self, "linear_proj") else None
         return self.decode(z), moments, z_proj
 
-    def blocks(self):
-        """The parts that --compile compiles."""
-        return [*self.encoder.down, *self.decoder.up]
+    def compiled(self):
+        """What --compile compiles. Not the encoder's last layer, whose gradient alone the adaptive
+        weight of the VF loss asks for."""
+        return [(level, "forward") for level in self.encoder.down] + [(self.decoder, "body")]
 
 
-# ---- the losses
-
-# KL(N(mean, var) || N(0, I))
-def kl_divergence(moments):
-    """Of mean | log-variance (B, 2d, h, w): summed over the dimensions, mean over the batch."""
-    mean, logvar = moments.float().chunk(2, dim=1)
-    logvar = logvar.clamp(-30, 20)
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-
-
-# VF = mean relu(1 - m_cos - cos(F, z')) + mean relu(|S(z') - S(F)| - m_dist)
-def vf_loss(z_proj, tokens, m_cos=0.5, m_dist=0.25):
-    """VA-VAE's loss toward the foundation encoder: marginal cosine similarity and marginal distance
-    matrix similarity. z_proj: z' (B, D, h, w); tokens: F (B, N, D), N = h*w; S: the cosines between
-    the tokens of an image (B, N, N)."""
-    z = F.normalize(z_proj.float().flatten(2).transpose(1, 2), dim=-1)  # (B, N, D)
-    f = F.normalize(tokens.float(), dim=-1)
-    with torch.autocast(z.device.type, enabled=False):
-        difference = (z @ z.transpose(1, 2) - f @ f.transpose(1, 2)).abs()  # (B, N, N)
-    cosine = (z * f).sum(-1)  # (B, N)
-    return F.relu(1 - m_cos - cosine).mean() + F.relu(difference - m_dist).mean()
-
+# ---- the objective
 
 def objective(s, args, x, noise):
     """The reconstruction and the terms beside L_rec, as train_tokenizer.aligntok_objective returns
@@ -149,7 +131,7 @@ def objective(s, args, x, noise):
             tokens = s.reference.features(x)  # F (B, N, D)
         vf = vf_loss(z_proj, tokens, *args.vf_margins)
         terms["vf"] = (args.w_vf, vf, s.tokenizer.encoder.conv_out.weight, 1e8)
-    return recon, terms
+    return x, recon, terms
 
 
 # ---- the VAE of FLUX
@@ -183,7 +165,8 @@ def from_diffusers(state):
     for name, tensor in state.items():
         for theirs, official in DIFFUSERS_NAMES.items():
             name = re.sub(theirs, official, name)
-        name = re.sub(r"^decoder\.up\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name)
+        name = re.sub(r"^decoder\.up\.(\d+)",
+                      lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name)
         # theirs are linear layers, LDM's 1x1 convolutions
         linear = ".attn_1." in name and tensor.dim() == 2
         renamed[name] = tensor[..., None, None] if linear else tensor
@@ -219,10 +202,11 @@ class FluxVAE(LatentSpace):
     def in_checkpoint(content):
         """(arguments, state dict) in the content of an official file, in Black Forest Labs' layout
         or diffusers'; None where there is none."""
-        if "encoder.conv_in.weight" not in content:
+        state = unwrapped(content)
+        if "encoder.conv_in.weight" not in state:
             return None
-        diffusers = "decoder.up_blocks.0.resnets.0.conv1.weight" in content
-        state = from_diffusers(content) if diffusers else dict(content)
+        if "decoder.up_blocks.0.resnets.0.conv1.weight" in state:
+            state = from_diffusers(state)
         z_channels = state["decoder.conv_in.weight"].shape[1]
         flux2 = "bn.running_mean" in state
         if "quant_conv.weight" in state or ("encoder.quant_conv.weight" in state) != flux2:

@@ -1,19 +1,23 @@
 """How fast this code is, beside other implementations of the same work:
 
     python bench.py --rows encoder decoder
+    python bench.py --device cuda --out results/gpu
 
 The sides of a row take turns (a round is ours, peer, peer, ours). A turn runs the work twice
-and times the second. Ratios are the other's median time over ours. Ours runs in --dtype auto and in
-fp32, the peers in fp32.
+and times the second. Ratios are the other's median time over ours. Ours runs in --dtype auto; on a
+CPU in fp32 too, on a GPU compiled too. Peers run in fp32 on a CPU, in --dtype auto on a GPU.
 """
 import argparse
+import gc
 import importlib.util
+import json
 import os
 import statistics
 import tempfile
-import timeit
+import time
 from collections import defaultdict
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +29,6 @@ from torchvision import transforms as T
 
 import data
 import fid
-import files
 import losses
 import runs
 import sample
@@ -33,8 +36,6 @@ import train_tokenizer
 from model import DECODERS, DITS, ENCODERS, Decoder, DINOv2, LightningDiT, Tokenizer
 
 CPU, FP32 = torch.device("cpu"), torch.float32
-AUTO = runs.autocast_dtype("auto", CPU)
-autocast = partial(runs.autocast, CPU)
 
 
 def peer(name):
@@ -43,13 +44,13 @@ def peer(name):
         return importlib.import_module(name)
 
 
-def step(net, f, dtype=FP32, backward=True, optimise=False):
-    """The work: f(), the way back into the weights of net, and AdamW."""
+def step(net, f, backward=True, optimise=False):
+    """The work in a dtype: f(), the way back into the weights of net, and AdamW."""
     trained = [p for p in net.train().parameters() if p.requires_grad]
     opt = optimise and torch.optim.AdamW(trained, 1e-4, fused=True)
 
-    def work():
-        with autocast(dtype), torch.set_grad_enabled(backward):
+    def work(dtype=None):
+        with runs.autocast(device, dtype or peers), torch.set_grad_enabled(backward):
             y = f()
         if backward:
             net.zero_grad(set_to_none=True)
@@ -59,63 +60,72 @@ def step(net, f, dtype=FP32, backward=True, optimise=False):
     return work
 
 
+def ours(net, work, checkpointing=False):
+    """The sides of a network of ours."""
+    flags = argparse.Namespace(compile=None, checkpointing=checkpointing)
+    runs.make_fast(net, flags, device)
+    yield "ours", torch.compiler.set_stance("force_eager")(partial(work, auto))
+    if device.type == "cuda":
+        yield "ours compiled", partial(work, auto)
+    else:
+        yield "ours fp32", partial(work, FP32)
+
+
 # Each function below yields (side, the work to be timed)
 
 def encoder(folder, backward=True):
-    x, ours = torch.randn(8, 3, 224, 224), DINOv2(**ENCODERS["vitb14"])
-    yield "ours", step(ours, lambda: ours(x)[1], AUTO, backward)
-    yield "ours fp32", step(ours, lambda: ours(x)[1], FP32, backward)
+    x, net = torch.randn(8, 3, 224, 224), DINOv2(**ENCODERS["vitb14"])
+    yield from ours(net, step(net, lambda: net(x)[1], backward))
     if timm := peer("timm"):
         vit = timm.create_model("vit_base_patch14_dinov2", dynamic_img_size=True)
-        yield "timm", step(vit, lambda: vit.forward_features(x), FP32, backward)
+        yield "timm", step(vit, lambda: vit.forward_features(x), backward)
     if transformers := peer("transformers"):
-        net = transformers.Dinov2Model(transformers.Dinov2Config(image_size=518, patch_size=14))
-        yield "transformers", step(net, lambda: net(x).last_hidden_state, FP32, backward)
+        hf = transformers.Dinov2Model(transformers.Dinov2Config(image_size=518, patch_size=14))
+        yield "transformers", step(hf, lambda: hf(x).last_hidden_state, backward)
 
 
 def decoder(folder):
-    z, ours = torch.randn(2, 32, 16, 16), Decoder(**DECODERS["vavae"])
-    ours.to(memory_format=torch.channels_last)
-    yield "ours", step(ours, lambda: ours(z), AUTO)
-    yield "ours fp32", step(ours, lambda: ours(z))
+    z, net = torch.randn(2, 32, 16, 16), Decoder(**DECODERS["vavae"])
+    net.to(memory_format=torch.channels_last)
+    yield from ours(net, step(net, lambda: net(z)))
     if vae := peer("diffusers.models.autoencoders.vae"):
         blocks = ("AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * 4)
-        net = vae.Decoder(32, 3, blocks, (128, 128, 256, 256, 512), 2)
-        yield "diffusers", step(net, lambda: net(z))
+        theirs = vae.Decoder(32, 3, blocks, (128, 128, 256, 256, 512), 2)
+        yield "diffusers", step(theirs, lambda: theirs(z))
 
 
-def dit(folder):
-    z0, z1 = torch.randn(2, 8, 32, 16, 16)
-    t, y = torch.rand(8), torch.randint(1000, (8,))
+def dit(folder, name="B/1", n=8):
+    z0, z1 = torch.randn(2, n, 32, 16, 16)
+    t, y = torch.rand(n), torch.randint(1000, (n,))
     loss = partial(losses.flow_matching, z0=z0, z1=z1, t=t, y=y, w_cos=1.0)
-    ours = LightningDiT(**DITS["B/1"])
-    yield "ours", step(ours, lambda: loss(ours)[0], AUTO, optimise=True)
-    yield "ours fp32", step(ours, lambda: loss(ours)[0], optimise=True)
-    if diffusers := peer("diffusers"):
+    net = LightningDiT(**DITS[name])
+    yield from ours(net, step(net, lambda: loss(net)[0], optimise=True))
+    if name == "B/1" and (diffusers := peer("diffusers")):
         # other GFLOPs: its MLP is plain, and each block embeds t and y
-        net = diffusers.DiTTransformer2DModel(12, 64, in_channels=32, sample_size=16,
-                                              num_layers=12, patch_size=1)
-        velocity = lambda z, t, y: net(z, t, class_labels=y).sample
-        yield "diffusers", step(net, lambda: loss(velocity)[0], optimise=True)
+        theirs = diffusers.DiTTransformer2DModel(12, 64, in_channels=32, sample_size=16,
+                                                 num_layers=12, patch_size=1)
+        velocity = lambda z, t, y: theirs(z, t, class_labels=y).sample
+        yield "diffusers", step(theirs, lambda: loss(velocity)[0], optimise=True)
 
 
-def stage2(folder):
-    """A step with all losses; against its parts (our own modules) one by one, in fp32."""
-    vgg, heads = f"{folder}/vgg.pth", f"{folder}/heads.pth"
-    torch.save(torchvision.models.vgg16(init_weights=False).state_dict(), vgg)
-    torch.save({f"lin{i}.model.1.weight": torch.ones(1, c, 1, 1)
-                for i, c in enumerate((64, 128, 256, 512, 512))}, heads)
-    lpips, critic = files.load_lpips(vgg, heads)[0], losses.PatchGAN()
-    model, ema, frozen = (Tokenizer(ENCODERS["vitb14"], DECODERS["vavae"]).train()
-                          for _ in range(3))
+def stage(folder, number=2, name="vitb14", n=2, checkpointing=False):
+    """A step with all losses; in stage 2 on a CPU against its parts (our own modules) one by one,
+    in fp32."""
+    lpips, critic = losses.LPIPS(), losses.PatchGAN()
+    model, ema, frozen = (Tokenizer(ENCODERS[name], DECODERS["vavae"]).train() for _ in range(3))
     torch.nn.ModuleList([ema, frozen]).requires_grad_(False)
+    for part, network in model.named_children():
+        network.requires_grad_(part in train_tokenizer.STAGES[number]["trains"])
+    runs.fast_weight_gradients(critic)
     trained = [p for m in (model, critic) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.Adam(trained, 1e-4, fused=True)
-    args = train_tokenizer.parse(["--accum", "1"])
+    flags = train_tokenizer.parse(["--accum", "1"])
+    frozen.latent_std.fill_(1)
     s = argparse.Namespace(tokenizer=model, ddp_tokenizer=model, discriminator=critic,
-                           ddp_discriminator=critic, lpips=lpips, reference=frozen)
-    s.objective = partial(train_tokenizer.aligntok_objective, s, args)
-    x, z = torch.rand(2, 3, 256, 256), torch.randn(2, 32, 16, 16)
+                           ddp_discriminator=critic, lpips=lpips,
+                           reference=frozen if number == 2 else None)
+    s.objective = partial(train_tokenizer.aligntok_objective, s, flags)
+    x, z = torch.rand(n, 3, 256, 256), torch.randn(n, 32, 16, 16)
     image = x.clone().requires_grad_()
     parts = (lambda: model.encode(x) - frozen.encode(x), lambda: model.decode(z),
              lambda: lpips(x, image), lambda: critic(image),
@@ -123,36 +133,65 @@ def stage2(folder):
 
     def work(dtype=None):
         if dtype:
-            s.autocast = lambda: autocast(dtype)
-            train_tokenizer.training_step(x, [], s, args, gan=True, last=True)
+            s.autocast = partial(runs.autocast, device, dtype)
+            train_tokenizer.training_step(x, [], s, flags, gan=True, last=True)
         else:
             for part in parts:
                 part().sum().backward()
         opt.step()
         opt.zero_grad(set_to_none=True)
         train_tokenizer.update_ema(ema, model, 0.9999)
-    yield "ours", partial(work, AUTO)
-    yield "ours fp32", partial(work, FP32)
-    yield "its parts", work
+    yield from ours(model, work, checkpointing)
+    if device.type == "cpu":
+        yield "its parts", work
 
 
 def sampling(folder):
-    """50 Euler steps of one latent, guided in the paper's interval; against a plain loop: guided
-    throughout, an autocast at each step."""
-    model, paper = LightningDiT(**DITS["B/1"]).eval(), sample.PRESETS["paper"]
-    z, y = torch.randn(1, 32, 16, 16), torch.tensor([0, model.num_classes])
+    """50 Euler steps of one latent (64 on a GPU), guided in the paper's interval; against a plain
+    loop: guided throughout, an autocast at each step."""
+    n = 64 if device.type == "cuda" else 1
+    net, paper = LightningDiT(**DITS["B/1"]).eval(), sample.PRESETS["paper"]
+    z, y = torch.randn(n, 32, 16, 16), torch.zeros(n, dtype=torch.long)
+    both = torch.cat([y, y + net.num_classes])
     times = sample.time_grid(50, paper["shift"])
-    velocity = sample.Velocity(model, y[:1], 4.0, paper["cfg_interval"])
+    velocity = sample.Velocity(net, y, 4.0, paper["cfg_interval"])
 
     def plain(z, t):
-        with autocast(AUTO):
-            both = model(torch.cat([z, z]), torch.full((2,), t), y).float()
-        v, v_null = both.chunk(2)
+        with runs.autocast(device, auto):
+            v = net(torch.cat([z, z]), torch.full((2 * n,), t), both).float()
+        v, v_null = v.chunk(2)
         return v_null + 4.0 * (v - v_null)
 
-    ours = torch.no_grad()(autocast(AUTO)(sample.integrate))
-    yield "ours", partial(ours, velocity, z, times)
-    yield "plain loop", partial(torch.no_grad()(sample.integrate), plain, z, times)
+    @torch.no_grad()
+    def work(dtype):
+        with runs.autocast(device, dtype):
+            sample.integrate(velocity, z, times)
+
+    yield from ours(net, work)
+    yield "plain loop", torch.compiler.set_stance("force_eager")(
+        partial(torch.no_grad()(sample.integrate), plain, z, times))
+
+
+def inception(folder):
+    """The features of 50 images of 256 px, for FID."""
+    net, x = fid.Inception(), torch.randint(256, (50, 3, 256, 256), dtype=torch.uint8)
+    yield "ours", lambda: net(x)
+
+
+def ceilings(folder):
+    """What the card reaches at most: a product of bf16 matrices, a copy of 4 GB, the attention of
+    LightningDiT-XL/1 on 64 images, one 3x3 convolution of 128 channels at 256 px."""
+    bf16 = partial(torch.randn, dtype=torch.bfloat16)
+    a, b = bf16(2, 8192, 8192)
+    yield "matrix product", lambda: a @ b
+    source = torch.empty(2 ** 32, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    yield "copy of 4.3 GB", lambda: target.copy_(source)
+    q = bf16(64, 16, 256, 72)
+    yield "attention", lambda: F.scaled_dot_product_attention(q, q, q)
+    x, w = bf16(8, 128, 256, 256), bf16(128, 128, 3, 3)
+    x, w = (y.contiguous(memory_format=torch.channels_last) for y in (x, w))
+    yield "3x3 convolution", lambda: F.conv2d(x, w, padding=1)
 
 
 def pictures(folder, n, h, w, suffix, write):
@@ -209,37 +248,90 @@ def loading(folder):
 
 
 ROWS = {"features": partial(encoder, backward=False), "encoder": encoder, "decoder": decoder,
-        "dit": dit, "stage2": stage2, "sampling": sampling, "fid": folders, "frechet": frechet,
+        "dit": dit, "stage2": stage, "sampling": sampling, "fid": folders, "frechet": frechet,
         "loading": loading}
 
+# The real sizes: row -> (work, images)
+GPU_ROWS = {
+    "ceilings": (ceilings, 0),
+    "vit-l 1": (partial(stage, number=1, name="vitl14", n=32), 32),
+    "vit-l 2": (partial(stage, number=2, name="vitl14", n=32), 32),
+    "vit-l 2c": (partial(stage, number=2, name="vitl14", n=32, checkpointing=True), 32),
+    "vit-l 3": (partial(stage, number=3, name="vitl14", n=32), 32),
+    "xl 64": (partial(dit, name="XL/1", n=64), 64),
+    "xl 128": (partial(dit, name="XL/1", n=128), 128),
+    "sampling": (sampling, 64), "inception": (inception, 50),
+    "encoder": (encoder, 8), "decoder": (decoder, 2), "dit": (dit, 8)}
 
-def measure(row):
+
+def timed(work):
+    """Seconds of the work, to its end on the device."""
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(row, work, images=0):
     with tempfile.TemporaryDirectory() as folder:
-        sides, gflop, times = dict(ROWS[row](folder)), {}, defaultdict(list)
-        for side, work in sides.items():  # to warm up
+        sides, gflop, peak, times = dict(work(folder)), {}, {}, defaultdict(list)
+        for side, once in sides.items():  # to warm up
             # the counter knows this kind of attention only
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                work()
+            with (FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH),
+                  torch.compiler.set_stance("force_eager")):
+                once()
             gflop[side] = counter.get_total_flops() / 1e9
+            if device.type == "cuda":
+                timed(once)  # compiles
+                torch.cuda.reset_peak_memory_stats()
+                timed(once)
+                peak[side] = torch.cuda.max_memory_allocated() / 2 ** 30
         for side in [*sides, *reversed(sides)] * args.rounds:
-            sides[side]()  # memory still has the shape that another side left
-            times[side].append(timeit.timeit(sides[side], number=1))
+            timed(sides[side])  # memory still has the shape that another side left
+            times[side].append(timed(sides[side]))
     median = {side: statistics.median(seconds) for side, seconds in times.items()}
     for side, seconds in median.items():
         ratios = [f"{seconds / median[ours]:.2f} x {ours}" for ours in median
                   if "ours" in ours and "ours" not in side]
         rate = gflop[side] / seconds
+        figures = {"row": row, "side": side, "seconds": seconds, "GFLOP": gflop[side]}
+        if images:
+            figures["images/s"] = images / seconds
+            ratios.insert(0, f"{images / seconds:.1f} images/s")
+        if peak:
+            figures["peak GiB"] = peak[side]
+            ratios.insert(0, f"{peak[side]:.1f} GiB")
         print(f"{row:8}  {side:14} {seconds:8.3f} s {gflop[side]:6.0f} GFLOP {rate:4.0f} GFLOP/s ",
               ", ".join(ratios), flush=True)
+        yield figures
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    p.add_argument("--rows", nargs="+", choices=[*ROWS, *GPU_ROWS], help="default: all")
     p.add_argument("--rounds", type=int, default=3, choices=range(1, 21), metavar="N",
                    help="default: %(default)s")
     p.add_argument("--alone", action="store_true", help="without peers")
+    p.add_argument("--out", type=Path, help="folder for bench.json")
     args = p.parse_args()
-    for row in args.rows:
-        measure(row)
+    runs.setup_ranks()  # no TF32
+    device = torch.device(args.device)
+    auto = runs.autocast_dtype("auto", device)
+    peers = FP32 if args.device == "cpu" else auto
+    table = GPU_ROWS if args.device == "cuda" else {row: (work, 0) for row, work in ROWS.items()}
+    torch.set_default_device(device)
+    torch.backends.cudnn.benchmark = True
+    results = []
+    for row in args.rows or table:
+        try:
+            results += measure(row, *table[row])
+        except torch.OutOfMemoryError as e:
+            print(f"{row:8}  out of memory: {str(e).splitlines()[0]}", flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "bench.json").write_text(json.dumps(results, indent=1))

@@ -8,13 +8,13 @@ then the pooled text.
 
 Legend: n prompts, L text tokens, T their width, P width of the pooled text.
 """
+import copy
 import hashlib
-import io
 import json
+import os
 import re
 import tarfile
 import textwrap
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,10 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import IMAGE_FORMATS, IMAGE_TYPES, MAX_ASPECT, load_image, to_rgb, to_uint8
+from data import IMAGE_TYPES, ImageFolder, on_rank_0, open_image, shown, to_rgb, to_uint8
 from files import (
     BatchedArray,
+    SystemFailure,
     UserError,
     gather,
     print_0,
@@ -38,39 +39,30 @@ def digest(text):
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def few(names):
-    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-
-
 # ---- images with captions
 
-class CaptionFolder:
-    """The images below a folder and the captions beside them. identity: a hash of the names."""
-    labels, classes = None, []
+class CaptionFolder(ImageFolder):
+    """The images below a folder and the captions beside them."""
 
     def __init__(self, root):
-        root = Path(root)
-        files = {path for path in root.rglob("*") if not path.name.startswith(".")}
-        self.files = sorted(p for p in files if p.suffix.lower() in IMAGE_TYPES)
-        texts = [p.with_suffix(".txt") for p in self.files]
-        lacking = [p.name for p, text in zip(self.files, texts) if text not in files]
-        alone = sorted(p.name for p in files - set(texts) if p.suffix == ".txt")
+        super().__init__(root, classes=())
+        images = [Path(self.path(i)) for i in range(len(self))]
+        texts = [path.with_suffix(".txt") for path in images]
+        found = {path for path in Path(root).rglob("*.txt") if not path.name.startswith(".")}
+        lacking = [p.name for p, text in zip(images, texts) if text not in found]
+        alone = sorted(text.name for text in found.difference(texts))
         for names, fault in ((lacking, "images without a caption (NAME.txt beside NAME.jpg)"),
                              (alone, "captions without an image")):
             if names:
-                raise UserError(f"{root} holds {len(names)} {fault}: {few(names)}")
-        if not self.files:
-            raise UserError(f"no images with captions, and no *.tar, in {root}")
+                raise UserError(f"{root} holds {len(names)} {fault}: {shown(names)}")
         self.captions = [read_caption(text) for text in texts]
-        if empty := [p.name for p, caption in zip(texts, self.captions) if not caption]:
-            raise UserError(f"{root} holds {len(empty)} empty captions: {few(empty)}")
-        self.identity = digest("\n".join(str(p.relative_to(root)) for p in self.files))
+        if empty := [text.name for text, c in zip(texts, self.captions) if not c]:
+            raise UserError(f"{root} holds {len(empty)} empty captions: {shown(empty)}")
 
-    def __len__(self):
-        return len(self.files)
-
-    def image(self, i):
-        return load_image(self.files[i])
+    def subset(self, chosen):
+        part = super().subset(chosen)
+        part.captions = [self.captions[i] for i in chosen]
+        return part
 
 
 def read_caption(path):
@@ -105,11 +97,10 @@ class CaptionShards:
                 self.samples.append((path, name, offset, size))
                 self.captions.append(caption)
         if broken:
-            print_0(f"WARNING: {len(broken)} broken samples are left out: {few(broken)} (all: "
+            print_0(f"WARNING: {len(broken)} broken samples are left out: {shown(broken)} (all: "
                     f"{index})")
         if not self.samples:
             raise UserError(f"no sample in the {len(shards)} shards of {root} is whole")
-        self.identity = digest("\n".join(f"{p.name} {name}" for p, name, _, _ in self.samples))
 
     def __len__(self):
         return len(self.samples)
@@ -119,7 +110,23 @@ class CaptionShards:
         with reading(path, "shard"), open(path, "rb") as f:
             f.seek(offset)
             content = f.read(size)
-        return decode(content, f"{path}:{name}")
+        return decode(content, name, path)
+
+    def name(self, i):
+        path, name, _, _ = self.samples[i]
+        return os.fsencode(f"{path.name}:{name}")
+
+    @property
+    def identity(self):
+        """A short hash of the list of samples."""
+        return digest("\n".join(f"{path.name}:{name}" for path, name, _, _ in self.samples))
+
+    def subset(self, chosen):
+        """The samples of these indices."""
+        part = copy.copy(self)
+        part.samples, part.captions = ([rows[i] for i in chosen]
+                                       for rows in (self.samples, self.captions))
+        return part
 
 
 def _rank():
@@ -128,22 +135,10 @@ def _rank():
             else (0, 1))
 
 
-def decode(content, name):
-    """The bytes of an image file -> PIL RGB, as data.load_image does. Errors: UserError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as img:
-                if max(img.size) > MAX_ASPECT * min(img.size):
-                    raise ValueError(f"{img.width}x{img.height}, too long")
-                if img.format == "JPEG" and b"\xff\xd9" not in content:
-                    raise OSError("truncated: it has no end")
-                return to_rgb(img)
-    except MemoryError:
-        raise
-    except Exception as e:  # a decoder may raise anything
-        raise UserError(f"unreadable image {name}: {e}".splitlines()[0][:300]) from e
+def decode(content, name, shard):
+    """The bytes of an image in a shard -> PIL RGB. Errors: UserError."""
+    with open_image(shard, f"image {name} in", content) as img:
+        return to_rgb(img)
 
 
 class _Indexer:
@@ -194,7 +189,9 @@ def read_shard(path):
                     caption = f.read(size).decode("utf-8").strip()
                 name, offset, size = images[0]
                 f.seek(offset)
-                decode(f.read(size), name)
+                decode(f.read(size), name, path)
+            except SystemFailure:
+                raise
             except (UserError, UnicodeDecodeError, IndexError):
                 caption = ""
             if caption:
@@ -210,7 +207,7 @@ def open_captions(root, index, workers):
         raise UserError(f"data folder not found: {root} (--captions: image + .txt, or *.tar)")
     if any(Path(root).glob("*.tar")):
         return CaptionShards(root, index, workers)
-    return CaptionFolder(root)
+    return on_rank_0(CaptionFolder, root)
 
 
 # ---- text encoders
@@ -232,7 +229,7 @@ class Words:
         for i, prompt in enumerate(prompts):
             words = re.findall(r"\w+", prompt.lower())
             if unknown := [word for word in words if word not in self.number]:
-                raise UserError(f"the built-in text encoder does not know {few(unknown)}; its "
+                raise UserError(f"the built-in text encoder does not know {shown(unknown)}; its "
                                 f"words: {' '.join(self.number)} (or give --clip-text and --t5)")
             if len(words) > self.L:
                 warn_of_length(1, prompt, self.L)
@@ -269,7 +266,7 @@ class ClipT5:
                                 f"transformers: {str(e).splitlines()[0][:200]}") from e
             if report["missing_keys"]:
                 raise UserError(f"{flag} {folder} is no {model.__name__}: it lacks "
-                                f"{few(sorted(report['missing_keys']))}")
+                                f"{shown(sorted(report['missing_keys']))}")
             self.parts.append((tokenizer, network.float().requires_grad_(False).eval().to(device)))
         self.P, self.T = (network.config.hidden_size for _, network in self.parts)
         state = hashlib.sha256(str(length).encode())
@@ -298,11 +295,6 @@ def warn_of_length(number, prompt, length):
             f"cut: {prompt[:60]!r} ...")
 
 
-def unpack(rows, text, pooled):
-    """Rows (B, L*T + P) -> text tokens (B, L, T), pooled text (B, P), for widths T and P."""
-    return rows[:, :-pooled].unflatten(1, (-1, text)), rows[:, -pooled:]
-
-
 def cached_text(path, encoder, captions, batch_size, overwrite):
     """The rows of all captions, and of the empty prompt as the last one: a read-only memory map
     (n + 1, L*T + P) fp16, encoded once by all ranks. It belongs to one text encoder and these
@@ -314,13 +306,15 @@ def cached_text(path, encoder, captions, batch_size, overwrite):
     if not array.complete:
         print_0(f"encoding {len(captions) - 1} captions into {path} "
                 f"({len(captions) * shape[0] * 2 / 2 ** 30:.2f} GiB)")
-        for batch in tqdm(array.missing(batch_size), "encoding", disable=array.rank != 0,
-                          mininterval=1):
-            rows = encoder([captions[i] for i in batch]).astype(np.float16)
-            if not np.isfinite(rows).all():
-                raise UserError(f"a caption of {batch[0]} to {batch[-1]} is not finite in fp16")
-            array.write(batch, rows)
-        array.finish()
+        bar = tqdm(array.missing(batch_size), "encoding", disable=array.rank != 0, mininterval=1)
+        with array.lock:
+            for batch in bar:
+                rows = encoder([captions[i] for i in batch]).astype(np.float16)
+                if not np.isfinite(rows).all():
+                    raise UserError(
+                        f"a caption of {batch[0]} to {batch[-1]} is not finite in fp16")
+                array.write(batch, rows)
+            array.finish()
     with reading(path, "cache of captions (delete it to make it anew)"):
         rows = np.load(path, mmap_mode="r")
         if (rows.shape, rows.dtype) != ((len(captions), *shape), np.float16):
@@ -340,10 +334,10 @@ def read_prompts(file):
 
 
 def save_captioned_grid(images, prompts, path, width=8):
-    """Images (n, 3, H, W) in [-1, 1] as one PNG, each over its prompt."""
+    """Images (n, 3, H, W) in [-1, 1] as one PNG, image i over prompt i mod k."""
     pixels = to_uint8(images)
     cell = max(128, pixels.shape[2])
-    lines = [textwrap.wrap(prompt, cell // 7)[:4] for prompt in prompts]
+    lines = [textwrap.wrap(prompt, cell // 7)[:4] for prompt in prompts[:len(pixels)]]
     height = round(cell * pixels.shape[1] / pixels.shape[2])
     step, width = height + 12 * max(map(len, lines)) + 6, min(width, len(pixels))
     picture = Image.new("RGB", (width * cell, -(-len(pixels) // width) * step), "white")
@@ -351,5 +345,6 @@ def save_captioned_grid(images, prompts, path, width=8):
         x, y = i % width * cell, i // width * step
         scaled = Image.fromarray(image).resize((cell, height), Image.BICUBIC)
         picture.paste(scaled, (x, y))
-        ImageDraw.Draw(picture).text((x + 2, y + height + 2), "\n".join(lines[i]), fill="black")
+        ImageDraw.Draw(picture).text((x + 2, y + height + 2), "\n".join(lines[i % len(lines)]),
+                                     fill="black")
     write_atomically(path, lambda f: picture.save(f, "PNG"))

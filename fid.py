@@ -1,9 +1,11 @@
 """The figures of the paper's tables. Of samples: FID, sFID, IS, precision, recall, KID, FD-DINOv2.
-Of a tokenizer: rFID, PSNR, SSIM, LPIPS, and the linear probe of its latents (Figure 3).
+Of a tokenizer: rFID, PSNR, SSIM, LPIPS, the linear probe of its latents (Figure 3), and their
+alignment with a foundation encoder (CKNNA, and VFM-VAE's SE-CKNNA).
 
     Samples:     python fid.py REF SAMPLES [--metrics fid,sfid,is,pr,kid] [--features dinov2]
     Tokenizer:   python fid.py --recon runs/tokenizer/stage3.pt data/imagenet/val
     Probe:       python fid.py --probe runs/tokenizer/stage3.pt data/imagenet/{train,val}
+    Alignment:   python fid.py --cknna runs/tokenizer/stage3.pt data/imagenet/val
     REF, once:   python fid.py data/imagenet/train --size 256 --save-stats ref.npz
 
 REF and SAMPLES: a folder of images (all levels); an npz of images (arr_0: uint8 (N, H, W, 3)), of
@@ -44,6 +46,8 @@ from data import (
     batches,
     center_crop,
     in_order,
+    on_rank_0,
+    rng,
     to_pixels,
     to_uint8,
 )
@@ -55,14 +59,17 @@ from files import (
     load_lpips,
     load_strictly,
     load_tokenizer,
+    load_weights,
     print_0,
     reading,
     sha256,
     write_atomically,
 )
+from losses import ssim
 from model import DINOv2
 from runs import Parser, count, index, launch, setup_ranks
 from toy import Shapes
+from vfm_vae import VFMVAE, resize
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -158,8 +165,8 @@ def load_inception(file=None):
     """(Inception, sha256), from a file, torch hub's cache or a download. Errors: UserError."""
     path = find_weights(INCEPTION_URL, INCEPTION_SHA256, "--inception", file)
     inception = Inception()
-    # dict() drops the version: BatchNorm then fills in num_batches_tracked, new since 2018
-    load_strictly(inception, dict(load_file(path, "Inception")), path)
+    # a plain dict has no version: BatchNorm then fills in num_batches_tracked, new since 2018
+    load_strictly(inception, load_weights(path, "Inception"), path)
     digest = sha256(path)
     if digest != INCEPTION_SHA256:
         print_0(f"NOTE: {path} is not the official FID Inception (sha256 {digest[:8]}): its "
@@ -289,10 +296,13 @@ class FeatureStatistics:
         dims = network.net.dims[layer]
         for name, shape in (("mu", (dims,)), ("sigma", (dims, dims))):
             value = images.statistics[name + suffix]
-            finite = value.dtype.kind == "f" and np.isfinite(value).all()
-            if value.shape != shape or not finite:
+            if value.shape != shape:
                 raise UserError(f"{images.path}: {name + suffix} is {value.shape}, these features "
-                                f"need {shape} and finite numbers: another network's?")
+                                f"need {shape}: another network's?")
+            if value.dtype.kind != "f" or not np.isfinite(value).all():
+                raise UserError(f"{images.path}: {name + suffix} holds NaN or other than floats")
+            if not np.allclose(value, value.T, rtol=0, atol=1e-6 * abs(value).max()):
+                raise UserError(f"{images.path}: {name + suffix} is no covariance: not symmetric")
             setattr(statistics, name, torch.from_numpy(value.astype(np.float64)).to(device))
         # others' files hold neither: they are believed
         for key, now in (("resize", network.resize), ("weights", network.weights)):
@@ -344,12 +354,17 @@ def inception_score(logits, splits=None, seed=2020):
 
 
 def _distances(x, y):
-    """Squared distances of x (n, D) to y (m, D): yields blocks (rows, m), each at most 256 MB."""
+    """Squared distances of x (n, D) to y (m, D): yields blocks (rows, m), each at most 256 MB.
+
+    Features of equal images differ by rounding, and so do their distances: below 1e-6 of the
+    features' length the distance is 0. Else more than k equal images, whose balls have the radius
+    0, would lie outside their own balls."""
     y = y.double()
     for block in x.split(max(1, 2 ** 25 // len(y))):
         block = block.double()
-        yield (block.square().sum(1, keepdim=True) + y.square().sum(1)
-               - 2 * block @ y.T).clamp_min(0)
+        squares = block.square().sum(1, keepdim=True) + y.square().sum(1)
+        distances = squares - 2 * block @ y.T
+        yield distances.masked_fill_(distances < 1e-12 * squares, 0)
 
 
 def precision_recall(ref, samples, k=3):
@@ -398,30 +413,6 @@ def psnr(x, y):
     return 10 * torch.log10(4 / mse.clamp_min(1e-20))
 
 
-def ssim(x, y):
-    """Structural similarity (Wang et al. 2004), per image (B,), of (B, 3, H, W) in [-1, 1].
-
-    Gaussian window 11x11, sigma 1.5, valid positions only, K1 .01, K2 .03, population covariance,
-    mean over RGB. ValueError for sides below 11."""
-    if min(x.shape[-2:]) < 11:
-        raise ValueError(f"SSIM needs sides of at least 11, not {x.shape[-2]}x{x.shape[-1]}")
-    x, y = (x.double() + 1) / 2, (y.double() + 1) / 2  # of range 1
-    window = x.new_tensor([math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)])
-    window = window / window.sum()
-
-    def blur(t):
-        # the window is a row times a column
-        t = F.conv2d(t.flatten(0, 1)[:, None], window.view(1, 1, 1, 11))
-        return F.conv2d(t, window.view(1, 1, 11, 1)).view(len(x), -1)  # (B, 3*h*w)
-
-    mx, my = blur(x), blur(y)
-    vx, vy = blur(x * x) - mx * mx, blur(y * y) - my * my
-    cov = blur(x * y) - mx * my  # (B, 3*h*w)
-    c1, c2 = 0.01 ** 2, 0.03 ** 2
-    numerator = (2 * mx * my + c1) * (2 * cov + c2)
-    return (numerator / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean(1)
-
-
 class Encoded(NamedTuple):
     latents: torch.Tensor  # z0, (n, d), mean over positions
     tokens: torch.Tensor  # before the adapter, (n, D); a VAE's: mean | log-variance
@@ -450,15 +441,16 @@ def encode_images(tokenizer, data, size, n, workers, device, batch_size=64):
     return Encoded(*map(torch.cat, (latents, tokens, labels)), mean.float(), std.float())
 
 
-def linear_probe(train_x, train_y, val_x, val_y):
+def linear_probe(train_x, train_y, val_x, val_y, device="cpu"):
     """Top-1 accuracy in per cent of a linear classifier on features (n, D) with labels (n,).
 
     The protocol (a choice; the paper states none): features averaged over the tokens, BatchNorm
     without affine (the train set's mean and variance), softmax regression to convergence by L-BFGS
     from zero, weight decay 1e-4. No randomness."""
+    train_x, train_y, val_x, val_y = (a.to(device) for a in (train_x, train_y, val_x, val_y))
     mean, std = train_x.mean(0), train_x.std(0, correction=0) + 1e-5
     train_x, val_x = (train_x - mean) / std, (val_x - mean) / std
-    linear = nn.Linear(train_x.shape[1], int(train_y.max()) + 1)
+    linear = nn.Linear(train_x.shape[1], int(train_y.max()) + 1).to(device)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     optimiser = torch.optim.LBFGS(linear.parameters(), max_iter=200, history_size=10,
@@ -481,17 +473,100 @@ def linear_probe(train_x, train_y, val_x, val_y):
         return 100 * (linear(val_x).argmax(1) == val_y).float().mean().item()
 
 
+# ---- of a tokenizer's features: alignment
+
+def prepared(x):
+    """Features (n, D) as CKNNA takes them: outliers clamped to the 95th percentile of all absolute
+    values, then rows of unit norm."""
+    limit = x.abs().flatten().kthvalue(int(0.95 * x.numel()) + 1).values
+    return F.normalize(x.clamp(-limit, limit), dim=1)
+
+
+# HSIC = [sum K L' + sum K sum L / (n-1)(n-2) - 2 sum (K L) / (n-2)] / n(n-3), diagonals zero
+def hsic(K, L):
+    """The unbiased estimate, of kernels (n, n) that need not be symmetric; n > 3."""
+    n = len(K)
+    K, L = (X.clone().fill_diagonal_(0) for X in (K, L))
+    both = (K * L.T).sum(dtype=torch.float64)
+    total_K, total_L = (X.sum(dtype=torch.float64) for X in (K, L))
+    product = K.sum(0, dtype=torch.float64) @ L.sum(1, dtype=torch.float64)  # sum of K @ L
+    return (both + total_K * total_L / ((n - 1) * (n - 2)) - 2 * product / (n - 2)) / (n * (n - 3))
+
+
+def neighbours(K, k):
+    """(n, n), true where a column is among the k largest of its row, not counting the row itself."""
+    nearest = K.clone().fill_diagonal_(-math.inf).topk(k, dim=1).indices
+    return torch.zeros_like(K, dtype=torch.bool).scatter_(1, nearest, True)
+
+
+def cknna(a, b, k=10, prepare=True):
+    """Centred kernel alignment of features (n, D), (n, D') of the same images, over pairs that are
+    neighbours on both sides (Huh et al. 2024, The Platonic Representation Hypothesis)."""
+    K, L = (x @ x.T for x in (map(prepared, (a, b)) if prepare else (a, b)))  # (n, n)
+    near_K, near_L = neighbours(K, k), neighbours(L, k)
+    near = near_K & near_L
+    own = hsic(K * near_K, K * near_K) * hsic(L * near_L, L * near_L)
+    return (hsic(K * near, L * near) / (own.sqrt() + 1e-6)).item()
+
+
+NOISE = (0.05, 0.10, 0.15, 0.20)  # standard deviations, of pixels in [0, 1]
+
+
+def variants(pixels, indices):
+    """SE-CKNNA's sets of a batch of images, uint8 (B, 3, H, W): yields (set, indices, pixels,
+    scale). "clean"; noise of four strengths; "turned": a rotation and a scale for each image. Each
+    draw is numpy's for the seed 42 + index."""
+    yield "clean", indices, pixels, 1.0
+    images = pixels.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+    for sigma in NOISE:
+        noise = [np.random.RandomState(42 + i).normal(0, sigma, images.shape[1:]) * 255
+                 for i in indices.tolist()]
+        noisy = (images + np.stack(noise)).clip(0, 255).astype(np.uint8)
+        yield f"noise {sigma}", indices, torch.from_numpy(noisy).permute(0, 3, 1, 2), 1.0
+    turned, scales = pixels.clone(), []
+    for j, i in enumerate(indices.tolist()):
+        r = np.random.RandomState(42 + i)
+        turned[j] = torch.rot90(pixels[j], r.choice([0, 90, 180, 270]) // 90, (1, 2))
+        scales.append(r.choice([1, 0.75, 0.5, 0.25]))
+    scales = torch.tensor(scales)
+    for scale in (1.0, 0.75, 0.5, 0.25):
+        chosen = scales == scale
+        if chosen.any():
+            yield "turned", indices[chosen], turned[chosen.to(turned.device)], scale
+
+
+def latents_and_tokens(tokenizer, pixels, indices, scale):
+    """{"latents": (B, d), sampled where the tokenizer samples; "encoder": the last tokens of its
+    foundation encoder, (B, D), if it has one}: means over the positions, of uint8 (B, 3, H, W)."""
+    x = pixels.float() / 127.5 - 1
+    is_vfm = isinstance(tokenizer, VFMVAE)  # it shrinks images as in its own training
+    x = resize(x, scale, tokenizer.vfm_encoder.mode if is_vfm else "bilinear", antialias=is_vfm)
+    tokens = tokenizer.features(x)  # (B, N, D); a VAE's: mean | log-variance
+    h, w = (side // tokenizer.factor for side in x.shape[-2:])
+    if not isinstance(tokenizer, (VAE, VFMVAE, FluxVAE)):
+        return {"latents": tokenizer.adapt(tokens, h, w).mean((2, 3)), "encoder": tokens.mean(1)}
+    moments = tokenizer.moments(tokens, h, w).flatten(2).transpose(1, 2) if is_vfm else tokens
+    mean, logvar = moments.float().chunk(2, dim=2)  # (B, h*w, d) each
+    noise = [rng("cknna", i).standard_normal(mean.shape[1:], np.float32) for i in indices.tolist()]
+    noise = torch.from_numpy(np.stack(noise)).to(mean.device)
+    z = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
+    found = {"latents": z.mean(1)}
+    if is_vfm:
+        found["encoder"] = tokens[..., -tokenizer.arguments["dim"]:].mean(1)
+    return found
+
+
 # ---- images
 
 def read_header(f, size):
-    """(shape, dtype) by the header of an .npy file of `size` bytes, open at its start. ValueError
-    for a shape that the file cannot hold, Fortran's order, pickled objects."""
+    """(shape, "C" or "F": the order in memory, dtype) by the header of an .npy file of `size`
+    bytes, open at its start. ValueError for a shape that the file cannot hold, pickled objects."""
     major, _ = np.lib.format.read_magic(f)
     shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(f)
     end = f.tell() + math.prod(shape) * dtype.itemsize
-    if fortran or dtype.hasobject or min(shape, default=1) < 0 or end != size:
+    if dtype.hasobject or min(shape, default=1) < 0 or end != size:
         raise ValueError(f"an array of {dtype} {shape} in {size} bytes")
-    return shape, dtype
+    return shape, "F" if fortran else "C", dtype
 
 
 def read_array(npz, name):
@@ -500,32 +575,45 @@ def read_array(npz, name):
     if entry.file_size > 2 ** 28:  # eight times 2048 x 2048 in fp64
         raise ValueError(f"{name} takes {entry.file_size} bytes")
     data = npz.read(entry)
-    shape, dtype = read_header(f := io.BytesIO(data), len(data))
-    return np.frombuffer(data, dtype, offset=f.tell()).reshape(shape)
+    shape, order, dtype = read_header(f := io.BytesIO(data), len(data))
+    return np.frombuffer(data, dtype, offset=f.tell()).reshape(shape, order=order)
 
 
 class ImageSet:
     """REF, SAMPLES or DATA: n images, statistics, or both. Errors: UserError. size: of centre crops
-    (None: none, and all images have one size). split: of `shapes`."""
+    (None: none, and all images have one size). split: of `shapes`. classes: see ImageFolder."""
 
-    def __init__(self, path, size=None, split="train"):
+    def __init__(self, path, size=None, split="train", classes=()):
         self.path, self.size, self.side = str(path), size, (size, size)
         self.data, self.statistics, self.n = None, {}, 0
         if path == "shapes":
             self.data = Shapes(split, 8192 if split == "train" else 512, size or 64)
         elif Path(path).is_dir():
-            self.data = ImageFolder(path)
+            self.data = ImageFolder(path, classes)
         elif zipfile.is_zipfile(path):
             self._open_npz()
         else:
-            found = "neither a folder nor a whole npz" if Path(path).exists() else "not found"
-            raise UserError(f"{path}: {found}")
+            raise UserError(f"{path}: {self._named()}")
         if self.data is not None:
             self.n = len(self.data)
             if not size:
                 self.side = self.data.image(0).size  # (W, H)
         if self.n == 1:
             raise UserError(f"{path} holds one image; a covariance takes at least two")
+
+    def _named(self):
+        """What is neither a folder nor an npz."""
+        if not Path(self.path).is_file():
+            return "not found"
+        with open(self.path, "rb") as f:
+            start = f.read(6)
+        if start == b"\x93NUMPY":
+            return ("an .npy file; an npz is needed: np.savez('NAME.npz', arr_0=images), or "
+                    "mu=..., sigma=... of statistics")
+        if start[:1] == b"\x80":
+            return ("a pickle, which is never loaded: it could run code; docs/evaluation.md shows "
+                    "how its statistics become an npz")
+        return "neither a folder nor a whole npz"
 
     def _open_npz(self):
         with reading(self.path, "npz"), zipfile.ZipFile(self.path) as npz:
@@ -544,16 +632,18 @@ class ImageSet:
                 if not self.size:
                     self.side = W, H
         if not self.n and not self.statistics:
-            raise UserError(f"{self.path} holds neither images (arr_0) nor statistics (mu, sigma): "
-                            f"{', '.join(keys)[:200]}")
+            torch_file = any(key.endswith("/data.pkl") for key in keys)
+            kind = "is PyTorch's, no npz" if torch_file else f"holds {', '.join(keys)[:200]}"
+            raise UserError(f"{self.path} {kind}: neither images (arr_0) nor statistics (mu, "
+                            "sigma); docs/evaluation.md shows how others' become an npz")
 
     def _read_header(self, npz, f):
         """(N, H, W), by arr_0's header in its open entry f."""
-        shape, dtype = read_header(f, npz.getinfo("arr_0.npy").file_size)
+        shape, order, dtype = read_header(f, npz.getinfo("arr_0.npy").file_size)
         images = len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and min(shape)
-        if not images or shape[1] * shape[2] > 2 ** 24:
-            raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3), at most 16 megapixels "
-                            f"each, not {dtype} {shape}")
+        if not images or order == "F" or shape[1] * shape[2] > 2 ** 24:
+            raise UserError(f"{self.path}: arr_0 must be uint8 (N, H, W, 3) in C order, at most 16 "
+                            f"megapixels each, not {dtype} {shape} in {order} order")
         return shape[:3]
 
     def _prepare(self, img):
@@ -561,17 +651,17 @@ class ImageSet:
         return to_pixels(center_crop(img, self.size) if self.size else img)
 
     def __getitem__(self, item):
-        """(0, i) -> (uint8 (3, H, W), i), or an error as its text, as data.Crops."""
+        """(0, i) -> (uint8 (3, H, W), i), or a UserError, as data.Crops."""
         i = item[1]
         try:
             img = self.data.image(i)
         except UserError as e:
-            return str(e)
+            return e
         if not self.size and img.size != self.side:
             W, H = self.side
-            return (f"images of different sizes: {self.data.files[0]} is {W}x{H}, "
-                    f"{self.data.files[i]} is {img.width}x{img.height}; "
-                    "--size N centre-crops all to N")
+            return UserError(f"images of different sizes: {self.data.path(0)} is {W}x{H}, "
+                             f"{self.data.path(i)} is {img.width}x{img.height}; "
+                             "--size N centre-crops all to N")
         return self._prepare(img), i
 
     def read(self, args, rank, world, device):
@@ -652,7 +742,8 @@ class Report:
 
 def evaluate(args, rank, world, device):
     """REF SAMPLES: every metric of generated images. With --save-stats REF may stand alone."""
-    sets = {name: ImageSet(path, args.size) for name, path in zip(("REF", "SAMPLES"), args.paths)}
+    sets = {name: on_rank_0(ImageSet, path, args.size)
+            for name, path in zip(("REF", "SAMPLES"), args.paths)}
     report = Report(**{name: images.path for name, images in sets.items()})
     inception = args.features == "inception"
     offered = ["fid", "sfid", "is", "pr", "kid"] if inception else ["fid", "pr", "kid"]
@@ -661,6 +752,10 @@ def evaluate(args, rank, world, device):
         metrics = possible(metrics, name, images, args, report)
     if args.save_stats and not sets["REF"].n:
         raise UserError(f"--save-stats: {sets['REF'].path} holds no images")
+    if len(sets) == 2:
+        check_order(metrics, *sets.values(), report)
+    for text in report.warnings:  # before the work, and after it
+        print_0(f"WARNING: {text}")
     network = load_network(args, device)
 
     statistics, computed = {}, {}  # name -> layer -> FeatureStatistics
@@ -717,6 +812,20 @@ def possible(metrics, name, images, args, report):
     if "pr" in metrics and images.n < 4:  # k = 3 neighbours
         raise UserError(f"{images.path}: precision and recall take at least 4 images")
     return metrics
+
+
+def check_order(metrics, ref, samples, report):
+    """Whether REF and SAMPLES look exchanged. UserError where it would change a figure."""
+    advice = "exchanged? The reference comes first"
+    if samples.statistics and not ref.statistics:
+        found = f"SAMPLES {samples.path} holds statistics, REF {ref.path} does not: {advice}"
+        if {"is", "pr"} & set(metrics):
+            raise UserError(f"{found} (--metrics fid is the same in either order)")
+        report.warnings.append(found)
+    n = ref.statistics.get("n", 0) if ref.statistics else ref.n
+    if 0 < n < samples.n:
+        report.warnings.append(f"REF {ref.path} is {n} images, SAMPLES {samples.path} is "
+                               f"{samples.n}: {advice}")
 
 
 @torch.inference_mode()
@@ -779,9 +888,9 @@ def add_warnings(report, sets, resize):
 
 def open_tokenizer(path, size, device):
     """(tokenizer in eval mode, image side: `size`, else that of its training)."""
-    content = load_file(path, "tokenizer")
+    content = load_file(path, "tokenizer") if os.path.exists(path) else None
+    tokenizer = load_tokenizer(path, VAE, VFMVAE, FluxVAE, content=content)
     with reading(path, "tokenizer"):
-        tokenizer = load_tokenizer(path, VAE, FluxVAE, content=content)
         size = size or operator.index(content.get("recipe", {}).get("size", 256))
     if size < 1 or size % tokenizer.factor:
         raise UserError(f"--size must be divisible by {tokenizer.factor}, not {size}")
@@ -794,7 +903,7 @@ def reconstruction(args, rank, world, device):
     centre-cropped images."""
     metrics = choose(args.metrics, ["rfid", "psnr", "ssim", "lpips"])
     tokenizer, size = open_tokenizer(args.recon[0], args.size, device)
-    images = ImageSet(args.recon[1], size, "val")
+    images = on_rank_0(ImageSet, args.recon[1], size, "val")
     n = images.n
     if not n:
         raise UserError(f"--recon: {images.path} holds no images")
@@ -848,18 +957,89 @@ def probe(args, rank, world, device):
         return
     path, *folders = args.probe
     tokenizer, size = open_tokenizer(path, args.size, device)
-    sets = [ImageSet(folder, size, split).data for folder, split in zip(folders, ("train", "val"))]
-    labelled = all(data is not None and data.labels for data in sets)
-    if not labelled or sets[0].classes != sets[1].classes:
-        raise UserError("--probe: TRAIN and VAL must hold the same class folders, or be shapes")
+    sets, classes = [], None
+    for folder, split in zip(folders, ("train", "val")):
+        data = ImageSet(folder, size, split, classes).data
+        if data is None or data.labels is None:
+            raise UserError(f"--probe: {folder} must hold the class folders, or be shapes")
+        sets.append(data)
+        classes = data.classes
     train, val = (encode_images(tokenizer, data, size, len(data), args.workers, device,
                                 args.batch_size) for data in sets)
     x, val_x = (e.tokens if args.tokens else e.latents for e in (train, val))
-    accuracy = linear_probe(x, train.labels, val_x, val.labels)
+    accuracy = linear_probe(x, train.labels, val_x, val.labels, device)
     report = Report(tokenizer=path, train=folders[0], val=f"{folders[1]}, {size} px")
     kind = "pre-adapter tokens" if args.tokens else "latents"
     report.add("probe %", accuracy, len(x), len(val_x), None, sha256(path),
                note=f"{kind}, {x.shape[1]} channels")
+    report.write(args.json)
+
+
+def load_reference(args, device):
+    """(features(pixels uint8 (B, 3, H, W), scale) -> (B, D), the weights' sha256, the rule's name)
+    of --reference, or of the judge."""
+    if args.judge:
+        net, digest, rule, _ = args.judge
+        net.to(device)
+
+        def features(pixels, scale):
+            x = resize(pixels.float(), scale, "bilinear", antialias=False)
+            return net(x.round().byte(), rule)["pool"]
+        return features, digest, rule
+    net, digest = load_dinov2(args.reference)
+    encoder = net.to(device).encoder
+
+    def features(pixels, scale):
+        if scale == 1:
+            x = resize_pil(pixels, net.side)
+        else:
+            side = int(net.side * scale)
+            x = F.interpolate(pixels.float() / 255, (side, side), mode="bilinear")
+        pad = -x.shape[-1] % encoder.patch
+        x = F.pad(x, (0, pad, 0, pad), mode="reflect")
+        return encoder((x - encoder.pixel_mean) / encoder.pixel_std)[1].mean(1)
+    return features, digest, f"PIL {net.side}"
+
+
+@torch.inference_mode()
+def alignment(args, rank, world, device):
+    """--cknna: CKNNA of latents, and of the tokenizer's own encoder, with a reference encoder;
+    SE-CKNNA, its mean over noisy, turned and scaled images; in one process."""
+    if rank != 0:
+        return
+    path, folder = args.cknna
+    tokenizer, size = open_tokenizer(path, args.size, device)
+    images = ImageSet(folder, size, "val")
+    if images.n <= 10:
+        raise UserError(f"--cknna: {folder} holds {images.n} images; 10 neighbours take more")
+    if images.n > 20_000:
+        raise UserError(f"--cknna: {folder} holds {images.n} images, and kernels of N x N would "
+                        "not fit: give a folder of 10,000, as the protocol has")
+    reference, digest, rule = load_reference(args, device)
+    rows = {}  # (set, whose) -> (n, D)
+    for pixels, indices in images.read(args, 0, 1, device):
+        for name, chosen, x, scale in variants(pixels, indices):
+            x = x.to(device)
+            found = latents_and_tokens(tokenizer, x, chosen, scale)
+            found["reference"] = reference(x, scale)
+            for whose, features in found.items():
+                out = rows.setdefault((name, whose), torch.zeros(images.n, features.shape[1]))
+                out[chosen] = features.float().cpu()
+    report = Report(tokenizer=f"{path} {sha256(path)[:8]}", images=f"{images.path}, {size} px",
+                    reference="the judge" if args.judge else args.reference)
+    for whose in ("latents", "encoder"):
+        if ("clean", whose) not in rows:
+            continue
+        by_set = {name: cknna(rows[name, whose], rows[name, "reference"])
+                  for name, part in rows if part == whose}
+        clean = by_set.pop("clean")
+        traced = images.n, images.n, rule, digest
+        report.add(f"CKNNA, {whose}", clean, *traced, note="clean, k = 10")
+        note = "mean of " + ", ".join(f"{name} {value:.4f}" for name, value in by_set.items())
+        report.add(f"SE-CKNNA, {whose}", sum(by_set.values()) / len(by_set), *traced, note=note)
+    if images.n != 10_000:
+        report.warnings.append(f"{images.n} images, not the protocol's 10,000: CKNNA is a figure "
+                               "of its N")
     report.write(args.json)
 
 
@@ -874,6 +1054,10 @@ def parse(argv=None, judge=None):
         help="rFID, PSNR, SSIM, LPIPS of a tokenizer")
     add("--probe", nargs=3, metavar=("CKPT", "TRAIN", "VAL"),
         help="linear probe of a tokenizer's latents")
+    add("--cknna", nargs=2, metavar=("CKPT", "DATA"),
+        help="CKNNA and SE-CKNNA of a tokenizer's latents and encoder against --reference")
+    add("--reference", default="vitg14",
+        help="--cknna: official name, DINOv2 file or tokenizer checkpoint (default: %(default)s)")
     add("--tokens", action="store_true", help="--probe: of the tokens before the adapter")
     add("--metrics",
         help="of fid,sfid,is,pr,kid; --recon: rfid,psnr,ssim,lpips (default: all possible)")
@@ -906,8 +1090,9 @@ def parse(argv=None, judge=None):
     args = p.parse_args(argv)
 
     args.judge = judge
-    if bool(args.paths) + bool(args.recon) + bool(args.probe) != 1:
-        raise UserError("give REF SAMPLES, --recon CKPT DATA or --probe CKPT TRAIN VAL")
+    if sum(map(bool, (args.paths, args.recon, args.probe, args.cknna))) != 1:
+        raise UserError("give REF SAMPLES, --recon CKPT DATA, --probe CKPT TRAIN VAL or --cknna "
+                        "CKPT DATA")
     if args.paths and len(args.paths) not in ((1, 2) if args.save_stats else (2,)):
         raise UserError(f"REF SAMPLES are two paths, not {len(args.paths)}; --save-stats takes one")
     # before the work, not after it
@@ -923,7 +1108,8 @@ def main(argv=None, judge=None):
     args = parse(argv, judge)
     # on by default, and coarser than the figures' last digit
     torch.backends.cudnn.allow_tf32 = False
-    command = reconstruction if args.recon else probe if args.probe else evaluate
+    command = (reconstruction if args.recon else probe if args.probe
+               else alignment if args.cknna else evaluate)
     command(args, *setup_ranks())
 
 

@@ -5,7 +5,8 @@ What the user can mend is a UserError, one line that names the file. No code is 
 file. What is written appears under its name only when it is whole.
 """
 import contextlib
-import fcntl
+import errno
+import functools
 import hashlib
 import http.client
 import io
@@ -15,6 +16,9 @@ import os
 import pickle
 import re
 import shutil
+import signal
+import stat
+import sys
 import urllib.request
 import warnings
 import zipfile
@@ -26,6 +30,15 @@ import torch.distributed as dist
 
 from losses import LPIPS
 from model import ENCODERS, DINOv2, Tokenizer
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# What asks a script to stop. Windows lacks the last two; SLURM's --signal sends the last.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+                if hasattr(signal, name)]
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # IMAGENET1K_V1
 VGG16_SHA256 = "397923af"  # its first characters, as in torch hub's file names
@@ -44,10 +57,20 @@ class UserError(Exception):
     """What the user can mend; the scripts print it as one line and exit with status 1."""
 
 
+class SystemFailure(UserError):
+    """What the system refuses: no fault of a file's."""
+
+
 def print_0(text):
     """Prints on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
+
+
+def warn(text):
+    """Says it on stderr, on the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def gather(value):
@@ -60,24 +83,39 @@ def gather(value):
 
 
 def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with reading(path, "file"), open(path, "rb") as f:
+        while part := f.read(2 ** 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 # ---- reading
+
+def system_failure(e):
+    """What the system says, where an error is its own: no permission, file handles or memory left,
+    a network file system's error. Else None."""
+    if isinstance(e, OSError) and e.errno and e.errno != errno.EINVAL:  # a damaged zip may seek < 0
+        return e.strerror
+    no_memory = isinstance(e, MemoryError) or "can't allocate memory" in str(e)
+    return "out of memory" if no_memory else None
+
 
 @contextlib.contextmanager
 def reading(path, kind):
     """Whatever goes wrong inside it becomes a UserError that names the file. kind: what the file
     should be, such as "checkpoint"."""
-    if not os.path.isfile(path):  # opening a pipe would wait for its other end
-        raise UserError(f"{path} is not a file" if os.path.exists(path)
-                        else f"{kind} not found: {path}")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
+            raise UserError(f"{path} is not a file")
         yield
     except UserError:
         raise
+    except FileNotFoundError:
+        raise UserError(f"{kind} not found: {path}") from None
     except Exception as e:  # a decoder may raise anything
+        if failure := system_failure(e):
+            raise SystemFailure(f"cannot read {kind} {path}: {failure}") from e
         tells = isinstance(e, (ValueError, OSError)) and str(e)
         reason = f"{'' if tells else type(e).__name__ + ' '}{e}".splitlines()[0].strip()[:200]
         raise UserError(f"unreadable {kind} {path} (damaged, or not what it should be): "
@@ -107,6 +145,8 @@ def load_file(path, kind="checkpoint"):
                     raise ValueError("it would unpack to more than its size")
                 if damaged := archive.testzip():
                     raise ValueError(f"the CRC of {damaged} differs")
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise ValueError("TorchScript, as OpenAI's CLIP: a program, which is never run")
         f.seek(0)
         try:
             content = torch.load(f, map_location="cpu", weights_only=True)
@@ -163,11 +203,18 @@ def build(cls, arguments, state, path):
     return module
 
 
-def check_same(then, now, path, advice="repeat them, choose another --out, or --overwrite"):
-    """Refuses to go on from `path` with other arguments than it was made with."""
-    changed = [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]
+def check_same(then, now, path, advice="repeat them, choose another --out, or --overwrite",
+               may_change=()):
+    """Refuses to go on from `path` with other arguments than it was made with. may_change: those
+    that change the rounding alone; it only says so."""
+    changed = {k: f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v}
+    rounding = [changed.pop(k) for k in may_change if k in changed]
     if changed:
-        raise UserError(f"{path} was made with other arguments ({', '.join(changed)}); {advice}")
+        raise UserError(f"{path} was made with other arguments ({', '.join(changed.values())}); "
+                        f"{advice}")
+    if rounding:
+        print_0(f"NOTE: {path} was made with {', '.join(rounding)}; from here on sums are rounded "
+                "in another way")
 
 
 # ---- writing
@@ -198,32 +245,62 @@ def save_checkpoint(path, content):
     write_atomically(path, lambda f: torch.save(content, f))
 
 
+warn_of_locks = functools.cache(warn)  # says the same only once
+held_locks = set()
+if hasattr(os, "register_at_fork"):
+    # a loader's worker may outlive its parent, and must not keep its locks
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in held_locks])
+
+
+@contextlib.contextmanager
 def lock(path, message):
-    """Opens a file, locked until it is closed. UserError(message) if another process holds it."""
-    file = open(path, "a")  # noqa: SIM115, the caller closes it
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(message) from None
-    return file
+    """Holds a lock on the file `path`, which is made. UserError(message) if another process does.
+    Where the system or the file system has no locks it goes on without."""
+    with open(path, "a") as file:
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(message) from None
+        except OSError as e:
+            if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            warn_of_locks(f"no locks here ({e.strerror}): nothing keeps a second process from "
+                          "writing to the same --out")
+        held_locks.add(file)
+        try:
+            yield
+        finally:
+            held_locks.remove(file)
 
 
-def claim(result, record, recipe, overwrite, present):
-    """Writes the JSON file `record`: the recipe by which `result`, a file or folder, is made.
+def read_record(record):
+    """What the JSON file `record` says of a result, {} where there is none."""
+    if not record.exists():
+        return {}
+    with reading(record, "record of a recipe"):
+        return dict(json.loads(record.read_text()))
 
-    present: whether a part of the result exists already. If another recipe made it, that is an
-    error that names the difference; with `overwrite` True is returned, and the caller deletes the
-    old result."""
-    recipe, then = json.loads(json.dumps(recipe)), {}  # as it will be read back
-    record = Path(record)
-    if record.exists():
-        with reading(record, "record of a recipe"):
-            then = dict(json.loads(record.read_text()))
-    stale = overwrite and then != recipe
-    if not stale and (then or present):
-        check_same(then, recipe, result)
+
+def write_record(record, recipe):
     write_atomically(record, lambda f: f.write(json.dumps(recipe, indent=1).encode()))
-    return stale
+
+
+def outdated(result, record, recipe, overwrite, present):
+    """Whether another recipe than this has made `result`, a file or folder, by its `record`, and
+    `overwrite` allows to delete that. Without `overwrite` it is an error that names the difference.
+    present: whether a part of the result exists; without a record it is none of ours."""
+    recipe = json.loads(json.dumps(recipe))  # as it will be read back
+    then = read_record(record)
+    if present and not then:
+        raise UserError(f"{result} was not made by this script, which keeps {record}: move it "
+                        "away, or choose another name")
+    if overwrite:
+        return any(then.get(k) != v for k, v in recipe.items())
+    if then:
+        check_same(then, recipe, result)
+    return False
 
 
 def ranges(n, size):
@@ -235,27 +312,30 @@ class BatchedArray:
     """An array (n, *shape) on disk that all ranks fill batch by batch.
 
     Each batch is a file in the folder PATH.parts: a stop loses at most one. `finish` packs them
-    into PATH (.npy, or .npz as arr_0), in twice the array's space. PATH.json: see `claim`."""
+    into PATH (.npy, or .npz as arr_0), in twice the array's space. PATH.json: see `outdated`."""
 
     def __init__(self, path, n, shape, dtype, recipe, overwrite=False):
         self.path, self.n, self.shape, self.dtype = Path(path), n, tuple(shape), np.dtype(dtype)
         self.parts = Path(f"{path}.parts")
         distributed = dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self.lock = None
+        self.lock = contextlib.ExitStack()
         if self.rank == 0:
             try:
                 self.parts.mkdir(parents=True, exist_ok=True)
-                self.lock = lock(self.parts / ".lock",
-                                 f"another process is writing {path}; wait for it")
+                self.lock.enter_context(lock(
+                    self.parts / ".lock", f"another process is writing {path}; wait for it"))
                 present = self.path.exists() or self._written()
-                if claim(path, f"{path}.json", recipe | {"rows": n}, overwrite, present):
+                record, recipe = Path(f"{path}.json"), recipe | {"rows": n}
+                if outdated(path, record, recipe, overwrite, present):
                     self.path.unlink(missing_ok=True)
                     self._delete_parts()
+                write_record(record, recipe)
             except UserError:
-                self._unlock()
+                self.lock.close()
                 raise
             except OSError as e:
+                self.lock.close()
                 raise UserError(f"cannot write {path}: {e.strerror}") from None
         self._wait()
         self.complete = self.path.exists()
@@ -323,13 +403,9 @@ class BatchedArray:
     def _close(self):
         if self.rank == 0:
             self._delete_parts()
-            self._unlock()
+            self.lock.close()
             shutil.rmtree(self.parts, ignore_errors=True)
         self._wait()
-
-    def _unlock(self):
-        if self.lock:
-            self.lock.close()
 
     def _wait(self):
         if self.world > 1:
@@ -361,7 +437,7 @@ def find_weights(url, digest, flag, file=None):
                     raise OSError("it ended early")
             if not sha256(part).startswith(digest):
                 raise UserError(f"download of {url} is damaged (sha256 differs); pass {flag} FILE")
-            part.rename(path)
+            part.replace(path)
         except (OSError, http.client.HTTPException) as e:
             raise UserError(f"missing weights {path.name}: get {url}, pass it as {flag} FILE "
                             f"(download: {e})") from None
@@ -375,27 +451,129 @@ def find_weights(url, digest, flag, file=None):
     return path
 
 
+# what the names in a file say of it; the first that fits
+SIGNS = {
+    "AlignTok or a baseline": r"^tokenizer$",
+    "an autoencoder of LDM": r"(en|de)coder\.conv_in\.",  # and of VA-VAE
+    "LightningDiT": r"x_embedder\.proj",
+    "FLUX's transformer": r"^double_blocks\.",
+    "DINOv2": r"(?s)\A(?=.*cls_token$)(?=.*pos)(?=.*(ls1\.gamma|layer_scale1))",
+    "DINOv3": r"(?s)\A(?=.*cls_token$)(?!.*pos)",  # positions turn queries and keys
+    "CLIP": r"class_embedding|resblocks|norm_pre\.",
+    "SigLIP": r"head\.probe|attn_pool\.|layers\.\d+\.self_attn\.",
+    "MAE": r"decoder_(pos_embed|embed|blocks)",
+    "another ViT (DINO v1, MAE, BEiT, ...)": r"cls_token$",
+    "a ResNet": r"layer1\.0\.conv1\.|stages\.0\.layers\.0\.",
+    "Inception": r"^Mixed_5b\.",
+    "VGG16": r"^features\.28\.",
+    "LPIPS heads": r"^lin0\.model",
+}
+
+
+def kind_of(state):
+    """The network whose names a state dict holds, or None."""
+    names = "\n".join(state)
+    found = [kind for kind, sign in SIGNS.items() if re.search(sign, names, re.MULTILINE)]
+    return found[0] if found else None
+
+
+def require(kind, state, path):
+    """UserError where the names are not those of `kind`, one of SIGNS."""
+    if (found := kind_of(state)) != kind:
+        names = f"its names are those of {found}" if found else f"names: {', '.join(state)}"
+        raise UserError(f"{path} is no {kind}: {names[:100]}")
+
+
+def unwrapped(content):
+    """The state dict in a file's content, without the prefixes of DDP and torch.compile."""
+    for _ in range(3):  # one may hold another
+        content = next((content[k] for k in ("ema", "teacher", "state_dict", "model")
+                        if isinstance(content.get(k), dict)), content)
+    return {re.sub(r"(?<![^.])(module|_orig_mod)\.", "", k): v for k, v in content.items()}
+
+
+def load_weights(path, kind):
+    """The state dict of a network, one of SIGNS, in a file. Errors: UserError."""
+    content = load_file(path, kind)
+    with reading(path, kind):
+        state = unwrapped(content)
+        require(kind, state, path)
+    return state
+
+
 def load_lpips(vgg16=None, heads=None):
     """(LPIPS, path of its VGG16), by find_weights. Errors: UserError."""
     vgg16 = find_weights(VGG16_URL, VGG16_SHA256, "--vgg16", vgg16)
     heads = find_weights(HEADS_URL, HEADS_SHA256, "--lpips-heads", heads)
     lpips = LPIPS()
-    state = {k.removeprefix("features."): v for k, v in load_file(vgg16, "VGG16").items()
+    state = {k.removeprefix("features."): v for k, v in load_weights(vgg16, "VGG16").items()
              if k.startswith("features.")}
     load_strictly(lpips.vgg16, state, vgg16)
     state = {k.removeprefix("lin").replace(".model.1", ""): v
-             for k, v in load_file(heads, "LPIPS heads").items()}
+             for k, v in load_weights(heads, "LPIPS heads").items()}
     load_strictly(lpips.heads, state, heads)
     return lpips, vgg16
 
 
-def encoder_state(content):
-    """The DINOv2 state dict in a file: official, or a training checkpoint's teacher. Blocks in
-    chunks (blocks.CHUNK.i) become blocks.i."""
-    if "teacher" in content:
-        content = {k.removeprefix("backbone."): v for k, v in content["teacher"].items()
-                   if k.startswith("backbone.")}
-    return {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", k): v for k, v in content.items()}
+# the names of DINOv2 in transformers (in files; since version 5 others in memory) and timm -> the
+# official ones; @ and a digit: a part of a tensor
+DINOV2_NAMES = {
+    r"^embeddings\.": "",
+    r"^position_embeddings$": "pos_embed",
+    r"^patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"^reg_token$": "register_tokens",
+    r"^encoder\.layer\.": "blocks.",
+    r"^blocks\.\d+\.(\d+\.)": r"blocks.\1",  # official, in chunks: blocks.CHUNK.i
+    r"^layernorm\.": "norm.",
+    r"\.attention\.(attention\.query|q_proj)\.": ".attn.qkv@0.",
+    r"\.attention\.(attention\.key|k_proj)\.": ".attn.qkv@1.",
+    r"\.attention\.(attention\.value|v_proj)\.": ".attn.qkv@2.",
+    r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
+    r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
+    r"\.mlp\.gate_proj\.": ".mlp.w12@0.",
+    r"\.mlp\.up_proj\.": ".mlp.w12@1.",
+    r"\.mlp\.weights_in\.": ".mlp.w12.",
+    r"\.mlp\.(weights_out|down_proj)\.": ".mlp.w3.",
+}
+
+
+def encoder_state(content, path):
+    """The DINOv2 in a file's content under its official names: official, a training checkpoint's
+    teacher, of transformers, of timm; alone, or in a larger network."""
+    state = unwrapped(content)
+    require("DINOv2", state, path)
+    prefixes = {k.removesuffix("cls_token").removesuffix("embeddings.")
+                for k in state if k.endswith("cls_token")}
+    if len(prefixes) > 1:
+        raise UserError(f"{path} holds more than one ViT: {', '.join(sorted(prefixes))}")
+    prefix = prefixes.pop()
+    parts = {}  # name -> its parts in order
+    for name, tensor in sorted(state.items()):
+        if name.startswith(prefix) and not name.startswith(f"{prefix}head."):
+            name = name.removeprefix(prefix)
+            for theirs, official in DINOV2_NAMES.items():
+                name = re.sub(theirs, official, name)
+            parts.setdefault(re.sub(r"@\d", "", name), {})[name] = tensor
+    if sum(v.nbytes for p in parts.values() for v in p.values()) > os.path.getsize(path):
+        raise ValueError("its tensors are larger than the file")  # before they are joined
+    state = {name: torch.cat([p[k] for k in sorted(p)]) if len(p) > 1 else p.popitem()[1]
+             for name, p in parts.items()}
+    side = state["patch_embed.proj.weight"].shape[-1]
+    if side != DINOv2.patch:
+        raise UserError(f"{path} is no DINOv2: its patches are {side} px wide, not {DINOv2.patch}")
+
+    # timm: the MLP of the giant model goes by the names of the others
+    if "blocks.0.mlp.fc1.weight" in state and (
+            len(state["blocks.0.mlp.fc1.weight"]) == 2 * state["blocks.0.mlp.fc2.weight"].shape[1]):
+        state = {k.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): v
+                 for k, v in state.items()}
+    # timm: with registers the class token holds its own position embedding
+    cls, positions = state["cls_token"], state["pos_embed"]
+    if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+        state["pos_embed"] = torch.cat([torch.zeros_like(cls), positions], dim=1)
+    # timm leaves out what only pretraining reads
+    state.setdefault("mask_token", torch.zeros_like(cls[0]))
+    return state
 
 
 def encoder_arguments(state):
@@ -431,11 +609,10 @@ def load_encoder(spec):
     else:
         raise UserError(f"--encoder {spec}: neither a file nor one of "
                         f"{', '.join(list(ENCODERS)[1:])} (and _reg4)")
-    try:
-        state = encoder_state(load_file(path, "encoder"))
+    content = load_file(path, "encoder")
+    with reading(path, "encoder"):
+        state = encoder_state(content, path)
         found = encoder_arguments(state)
-    except (KeyError, ValueError, IndexError, AttributeError):
-        raise UserError(f"{path} is no DINOv2: cls_token, pos_embed or blocks.* missing") from None
     if arguments is not None and found != {"swiglu": False, "grid": 37} | arguments:
         raise UserError(f"{path} is not a {name}: found {found}")
     return build(DINOv2, found, state, path), found
@@ -449,7 +626,7 @@ def load_tokenizer(path, *systems, content=None):
     systems: other classes that the file may hold, such as baselines.VAE. content: the file's, if
     load_file has read it."""
     if not Path(path).exists():
-        raise UserError(f"no tokenizer {path}: run train_tokenizer.py, or give --tokenizer CKPT")
+        raise UserError(f"no tokenizer {path}: run train_tokenizer.py, or name another file")
     content = content or load_file(path, "tokenizer")
     if "opt_g" in content:
         raise UserError(f"{path} is a checkpoint to resume from, without EMA and statistics: take "
@@ -460,7 +637,9 @@ def load_tokenizer(path, *systems, content=None):
         for system in systems:
             if found := system.in_checkpoint(content):
                 return build(system, *found, path).eval()
-    raise UserError(f"{path} is not a tokenizer's checkpoint (such as runs/tokenizer/stage3.pt)")
+        kind = kind_of(unwrapped(content))
+    raise UserError(f"{path} is not a tokenizer's checkpoint (such as runs/tokenizer/stage3.pt)"
+                    + (f": its names are those of {kind}" if kind else ""))
 
 
 def require_statistics(tokenizer, path):
@@ -470,12 +649,17 @@ def require_statistics(tokenizer, path):
                         "official file (sample.py --latent-stats FILE)")
 
 
+# What a stage may train and leave the latents as they are; VFM-VAE's on the second line
+DECODER = ("decoder.", "post_quant_conv.",
+           "ldm_adapter.post_quant.", "ldm_adapter.linear_proj.", "mapping.", "synthesis.")
+
+
 def fingerprint(tokenizer):
     """A short hash of what makes a tokenizer's latents: encoder, adapter, statistics. Stage 3 does
     not change it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tokenizer.state_dict().items()):
-        if not name.startswith(("decoder.", "post_quant_conv.")):
+        if not name.startswith(DECODER):
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 

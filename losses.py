@@ -12,6 +12,8 @@ mean over patches and batch. The discriminator, its hinge loss and the adaptive 
 Images are (B, 3, H, W) in [-1, 1]. Under autocast VGG16 and PatchGAN run in its type; norms,
 distances, means and the adaptive weight are always fp32.
 """
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -41,16 +43,20 @@ def hinge_d(real, fake):
     return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
 
 
+ADAPTIVE_LIMIT = 1e4
+
+
 # w_g = --w-g * |grad L_rec| / (|grad L_GAN| + 1e-4), the gradients at the decoder's last layer
-def adaptive_weight(rec, other, last_layer, limit=1e4):
+def adaptive_weight(rec, other, last_layer, limit=ADAPTIVE_LIMIT, beside=0):
     """|grad rec| / (|grad other| + 1e-4) at a last layer, clamped to [0, limit], detached.
     With this weight the other loss pulls at that layer as strongly as the reconstruction loss does.
-    L_GAN is weighed at the decoder's last layer, VA-VAE's VF loss at the encoder's.
+    L_GAN is weighed at the decoder's last layer, VA-VAE's VF loss at the encoder's. beside: what
+    else counts as reconstruction.
 
     Under DDP the gradients are averaged over the ranks before the norms are taken (a mean of norms
     is another number), so every rank gets the same weight."""
     grads = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
-                         for loss in (rec, other)])
+                         for loss in (rec + beside, other)])
     rec_norm, other_norm = average_over_ranks(grads.float()).flatten(1).norm(dim=1)
     return (rec_norm / (other_norm + 1e-4)).clamp(0, limit)
 
@@ -78,6 +84,53 @@ def semantic_preservation(z0, z0_ref, kind="l2", dim=1):
     if kind == "cosine":
         return 1 - F.cosine_similarity(z0, z0_ref, dim=dim).mean()
     return F.mse_loss(z0, z0_ref)
+
+
+# ---- of the other tokenizers
+
+# KL(N(mean, var) || N(0, I))
+def kl_divergence(moments):
+    """Of mean | log-variance (B, 2d, h, w): summed over the dimensions, mean over the batch."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    logvar = logvar.clamp(-30, 20)
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+
+
+# VF = mean relu(1 - m_cos - cos(F, z')) + mean relu(|S(z') - S(F)| - m_dist)
+def vf_loss(z_proj, tokens, m_cos=0.5, m_dist=0.25):
+    """VA-VAE's loss toward the foundation encoder: marginal cosine similarity and marginal distance
+    matrix similarity. z_proj: z' (B, D, h, w); tokens: F (B, N, D), N = h*w; S: the cosines between
+    the tokens of an image (B, N, N)."""
+    z = F.normalize(z_proj.float().flatten(2).transpose(1, 2), dim=-1)  # (B, N, D)
+    f = F.normalize(tokens.float(), dim=-1)
+    with torch.autocast(z.device.type, enabled=False):
+        difference = (z @ z.transpose(1, 2) - f @ f.transpose(1, 2)).abs()  # (B, N, N)
+    cosine = (z * f).sum(-1)  # (B, N)
+    return F.relu(1 - m_cos - cosine).mean() + F.relu(difference - m_dist).mean()
+
+
+def ssim(x, y):
+    """Structural similarity (Wang et al. 2004), per image (B,), of (B, 3, H, W) in [-1, 1].
+
+    Gaussian window 11x11, sigma 1.5, valid positions only, K1 .01, K2 .03, population covariance,
+    mean over RGB. ValueError for sides below 11."""
+    if min(x.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs sides of at least 11, not {x.shape[-2]}x{x.shape[-1]}")
+    x, y = (x.double() + 1) / 2, (y.double() + 1) / 2  # of range 1
+    window = x.new_tensor([math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)])
+    window = window / window.sum()
+
+    def blur(t):
+        # the window is a row times a column
+        t = F.conv2d(t.flatten(0, 1)[:, None], window.view(1, 1, 1, 11))
+        return F.conv2d(t, window.view(1, 1, 11, 1)).view(len(x), -1)  # (B, 3*h*w)
+
+    mx, my = blur(x), blur(y)
+    vx, vy = blur(x * x) - mx * mx, blur(y * y) - my * my
+    cov = blur(x * y) - mx * my  # (B, 3*h*w)
+    c1, c2 = 0.01 ** 2, 0.03 ** 2
+    numerator = (2 * mx * my + c1) * (2 * cov + c2)
+    return (numerator / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean(1)
 
 
 # ---- the generator: flow matching
@@ -140,26 +193,29 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def features(self, x):
-        """Yields the features at each tap, with unit norm over the channels."""
+        """Yields the features (B, C, h, w) at each tap."""
         x = (x - self.shift) / self.scale
         x = x.contiguous(memory_format=torch.channels_last)
         for i, layer in enumerate(self.vgg16):
             x = layer(x)
             if i in self.taps:
-                f = x.float()  # (B, C, h, w)
-                # the clamp keeps the root's gradient finite where all channels are zero
-                norm = f.square().sum(1, keepdim=True).clamp_min(1e-20).sqrt()
-                yield f / (norm + 1e-10)
+                yield x
+
+    def distance(self, f, g, head):
+        """Features of two images at a tap, scaled to unit norm over the channels; the head's sum of
+        their squared differences, averaged over the positions: (B,)."""
+        f, g = (x.float() for x in (f, g))
+        # the clamp keeps the root's gradient finite where all channels are zero
+        f, g = (x / (x.square().sum(1, keepdim=True).clamp_min(1e-20).sqrt() + 1e-10)
+                for x in (f, g))
+        with torch.autocast(f.device.type, enabled=False):
+            return head((f - g).square()).mean((1, 2, 3))
 
     def forward(self, x, y):
         """(B, 3, H, W) twice, in [-1, 1] -> distance per image (B,), >= 0."""
         with torch.no_grad():
             target = list(self.features(x))
-        distance = 0
-        for f, g, head in zip(target, self.features(y), self.heads):
-            with torch.autocast(x.device.type, enabled=False):
-                distance = distance + head((f - g).square()).mean((1, 2, 3))
-        return distance
+        return sum(map(self.distance, target, self.features(y), self.heads))
 
 
 class PatchGAN(nn.Module):

@@ -9,7 +9,7 @@ distilled model has.
 The paper names neither depth, width nor text encoders: the sizes below are choices.
 
 Legend: B batch, L text tokens, N image tokens, S = L + N, D width, d latent channels, p side of a
-token in latent positions, T width of the text tokens.
+token in latent positions, T width of the text tokens, P of the pooled text.
 """
 import math
 
@@ -189,6 +189,11 @@ class LastLayer(nn.Module):
         return self.linear(modulate(layer_norm(x), shift, scale))  # (B, N, out)
 
 
+def unpack(rows, text, pooled):
+    """Rows of text (B, L*T + P), see captions.py -> text tokens (B, L, T), pooled text (B, P)."""
+    return rows[:, :-pooled].unflatten(1, (-1, text)), rows[:, -pooled:]
+
+
 class MMDiT(nn.Module):
     """v(z_t, t, text). depth, depth_single: numbers of double and of single blocks; axes: the
     dimensions of a head that turn with each axis of a position, a head is sum(axes) wide; d, patch,
@@ -231,17 +236,17 @@ class MMDiT(nn.Module):
             nn.init.zeros_(m.weight)
             nn.init.zeros_(m.bias)
 
-    @property
-    def blocks(self):
-        """The parts that --compile compiles."""
-        return [*self.double_blocks, *self.single_blocks]
+    def compiled(self):
+        """What --compile compiles: parts and their methods."""
+        return [(block, "forward") for block in (*self.double_blocks, *self.single_blocks)]
 
-    def forward(self, z_t, t, y):
+    def forward(self, z_t, t, rows):
         """The paper's velocity v = z1 - z0 (B, d, H, W) at the noisy, normalised latents z_t
         (B, d, H, W) and the times t (B,), 0 data, 1 noise; also FLUX's own direction.
 
-        y: (text tokens (B, L, T), pooled text (B, pooled)). Raises ValueError for other latents."""
-        text, pooled = y
+        rows: of text (B, L*T + P), L text tokens, one after the other, and the pooled text. Raises
+        ValueError for other latents."""
+        text, pooled = unpack(rows, self.arguments["text"], self.arguments["pooled"])
         _, d, H, W = z_t.shape
         if d != self.d or H % self.patch or W % self.patch:
             raise ValueError(f"this MMDiT takes latents of {self.d} channels with sides divisible "

@@ -160,11 +160,9 @@ class DINOv2(nn.Module):
         assert grid.shape[-2:] == (h, w)
         return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)  # (1, 1 + h*w, D)
 
-    def forward(self, x):
-        """x: (B, 3, H, W) with DINOv2's normalisation, sides divisible by 14.
-
-        Returns cls (B, D) and patch tokens (B, H/14 * W/14, D), both after the final norm: the
-        official `x_norm_clstoken` and `x_norm_patchtokens`. Raises ValueError for other sides."""
+    def embed(self, x):
+        """Images, as forward takes them -> cls, registers and patch tokens (B, 1+R+N, D), with
+        position, before the first block."""
         B, _, H, W = x.shape
         if H % self.patch or W % self.patch:
             raise ValueError(f"DINOv2 takes sides divisible by {self.patch}, not {H}x{W}")
@@ -174,6 +172,14 @@ class DINOv2(nn.Module):
         if self.registers:  # they carry no position
             registers = self.register_tokens.expand(B, -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)  # (B, 1+4+N, D)
+        return x
+
+    def forward(self, x):
+        """x: (B, 3, H, W) with DINOv2's normalisation, sides divisible by 14.
+
+        Returns cls (B, D) and patch tokens (B, H/14 * W/14, D), both after the final norm: the
+        official `x_norm_clstoken` and `x_norm_patchtokens`. Raises ValueError for other sides."""
+        x = self.embed(x)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
@@ -330,11 +336,14 @@ class Decoder(nn.Module):
         self.norm_out = GroupNorm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, z):
+    def body(self, z):
         x = self.conv_in(z.contiguous(memory_format=torch.channels_last))  # (B, 4*ch, h, w)
         for part in (self.mid, *reversed(self.up)):
             x = part(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+        return F.silu(self.norm_out(x))  # (B, ch, H, W)
+
+    def forward(self, z):
+        return self.conv_out(self.body(z))  # (B, 3, H, W)
 
 
 # ---- tokenizer
@@ -351,6 +360,7 @@ class LatentSpace(nn.Module):
         self.d = d
         self.register_buffer("latent_mean", torch.zeros(d))
         self.register_buffer("latent_std", torch.zeros(d))  # zero: not computed yet
+        self.has_statistics = False  # until they were seen: a look at them waits for the device
 
     def normalize(self, z):
         """z0 -> latents of mean 0 and standard deviation 1 per channel: what the generator
@@ -364,7 +374,8 @@ class LatentSpace(nn.Module):
         return z * std + mean
 
     def statistics(self):
-        if not self.latent_std.any():
+        self.has_statistics = self.has_statistics or bool(self.latent_std.any())
+        if not self.has_statistics:
             raise ValueError("the tokenizer has no latent statistics yet")
         return self.latent_mean.view(-1, 1, 1), self.latent_std.view(-1, 1, 1)
 
@@ -406,9 +417,10 @@ class Tokenizer(LatentSpace):
         z = self.adapt(tokens, h, w)  # (B, d, h, w)
         return self.decode(z), z, tokens
 
-    def blocks(self):
-        """The parts that --compile compiles."""
-        return [*self.encoder.blocks, *self.decoder.up]
+    def compiled(self):
+        """What --compile compiles: parts and their methods. Not the decoder's last convolution,
+        whose gradient alone the adaptive weight of L_GAN asks for."""
+        return [(block, "forward") for block in self.encoder.blocks] + [(self.decoder, "body")]
 
 
 @torch.no_grad()  # else every parameter of the EMA would carry the graph of all its updates
@@ -449,6 +461,9 @@ def rope_tables(h, w, head_dim, device=None):
 def rotate(x, cos, sin):
     """Turns each pair of neighbours (a, b) of x (..., N, head_dim) by its angle, in fp32:
     a + ib becomes (a + ib)(cos + i sin)."""
+    if torch.compiler.is_compiling():  # the compiler leaves complex numbers unfused
+        (a, b), cos, sin = x.float().unflatten(-1, (-1, 2)).unbind(-1), cos[:, ::2], sin[:, ::2]
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (..., N, head_dim/2)
     turned = pairs * torch.complex(cos[:, ::2], sin[:, ::2])
     return torch.view_as_real(turned).flatten(-2)
@@ -599,6 +614,10 @@ class LightningDiT(nn.Module):
         device = self.pos_embed.device
         cos, sin = rope_tables(h, w, self.dim // self.heads, device)
         return sincos_embedding(h, w, self.dim, device), cos, sin
+
+    def compiled(self):
+        """What --compile compiles: parts and their methods."""
+        return [(block, "forward") for block in self.blocks]
 
     def forward(self, z_t, t, y=None):
         """The paper's velocity v = z1 - z0 (B, d, H, W) at the noisy, normalised latents z_t

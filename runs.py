@@ -7,10 +7,12 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import itertools
 import math
 import multiprocessing
 import operator
 import os
+import re
 import signal
 import sys
 from datetime import timedelta
@@ -19,11 +21,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from files import (
+    STOP_SIGNALS,
+    SystemFailure,
     UserError,
     check_same,
     gather,
@@ -35,26 +41,51 @@ from files import (
     write_atomically,
 )
 from losses import average_over_ranks
-from mmdit import DoubleBlock, SingleBlock
 from model import Block, DiTBlock, ResnetBlock
 
 # Page faults took up to a third of a step on CPUs (docs/engineering.md, Speed). So tensors lie in
 # huge pages, where Linux gives them (PyTorch reads this before its first tensor), and glibc keeps
-# the memory that it has.
+# the memory that it has. Beside GPUs it must give it back: each rank has read whole checkpoints.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-with contextlib.suppress(AttributeError):  # another C library
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # never
-    ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+if not torch.cuda.is_available():
+    with contextlib.suppress(AttributeError, TypeError):  # another C library, Windows
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # never
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
 
 
 # ---- ranks
+
+def under_torchrun():
+    """Whether torchrun has started this process. UserError where its variables are not complete, or
+    another launcher has started several processes."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if not missing:
+        return True
+    script = Path(sys.argv[0]).name
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys():
+        raise UserError(
+            f"of torchrun's variables {', '.join(missing)} are missing: start it by torchrun "
+            f"--standalone --nproc_per_node GPUS {script} ...; for one process unset the others")
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        if name in os.environ:
+            if os.environ[name] != "1":
+                raise UserError(
+                    f"{os.environ[name]} processes ({name}) that know nothing of each other: start "
+                    "one per node, and in it torchrun (srun --ntasks-per-node 1 torchrun ... "
+                    f"{script} ...); for one process: srun --ntasks 1")
+            break
+    return False
+
 
 def setup_ranks():
     """(rank, world size, device). Under torchrun it joins the process group."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    if "LOCAL_RANK" not in os.environ:
+    # fp32 means fp32: no TF32 in validation, statistics, decoding, --dtype fp32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if not under_torchrun():
         return 0, 1, device
     if cuda:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -117,12 +148,93 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def checkpoint_activations(model):
+# ---- speed and memory
+
+def make_fast(model, args, device, *more):
+    """What both training scripts do to a network before its first step; in place, so keys stay.
+    more: classes that are blocks for --checkpointing, too."""
+    blocks = [part for part in model.modules()
+              if isinstance(part, (Block, ResnetBlock, DiTBlock, *more))]
+    if args.compile if args.compile is not None else device.type == "cuda":
+        compile_parts([(block, "forward") for block in blocks] if args.checkpointing
+                      else model.compiled())
+    elif device.type == "cpu":
+        fast_weight_gradients(model)
+    if args.checkpointing:
+        checkpoint_activations(blocks)
+
+
+def compile_parts(parts):
+    """torch.compile for the methods of parts of a network, (part, name)."""
+    torch._functorch.config.donated_buffer = False  # an adaptive weight's graph is walked twice
+    torch._dynamo.config.cache_size_limit = 64  # a block's code meets more shapes than 8
+    for part, name in parts:
+        setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
+
+
+def checkpoint_activations(blocks):
     """--checkpointing: each block keeps only its input and computes the rest again in the backward
     pass: less memory, the same gradients, slower."""
-    for block in model.modules():
-        if isinstance(block, (Block, ResnetBlock, DiTBlock, DoubleBlock, SingleBlock)):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+class TapConvolution(torch.autograd.Function):
+    """F.conv2d whose weight gradient is a matrix product for each tap (i, j) of the kernel:
+    dW[:, :, i, j] = dy^T x, where dy (B*h*w, C_out) are the output's gradients and x (B*h*w, C_in)
+    the inputs that this tap has met."""
+    block = 2 ** 19  # numbers of x at once: they stay in the CPU's cache for all taps
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, weight), (for_x, for_weight, for_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
+        dx = dw = db = None
+        if for_x:
+            dx, *_ = torch.ops.aten.convolution_backward(
+                dy, x, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1,
+                (True, False, False))
+        if for_weight:
+            dw = weight_gradient(x, dy, weight, ctx.stride, ctx.padding)
+        if for_bias:
+            db = dy.sum((0, 2, 3))
+        return dx, dw, db, None, None
+
+
+def weight_gradient(x, dy, weight, stride, padding):
+    (C_out, C_in, *kernel), (B, _, h, w) = weight.shape, dy.shape
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    x, dy = x.permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1)  # (B, H, W, C_in), (B, h, w, C_out)
+    dw = weight.new_zeros(*kernel, C_out, C_in)
+    rows = max(1, TapConvolution.block // (B * w * C_in))
+    for top in range(0, h, rows):
+        block = dy[:, top:top + rows]
+        n, block = block.shape[1], block.reshape(-1, C_out).t()
+        for i, j in itertools.product(*map(range, kernel)):
+            first = i + top * stride[0]
+            met = x[:, first:first + n * stride[0]:stride[0], j:j + w * stride[1]:stride[1]]
+            torch.addmm(dw[i, j], block, met.reshape(-1, C_in), out=dw[i, j])
+    return dw.permute(2, 3, 0, 1)  # (C_out, C_in, kernel)
+
+
+def fast_weight_gradients(model):
+    """On a CPU that has AVX2 and not AVX-512, the weight gradient of a wide channels_last
+    convolution runs at a fifth of the speed of its other passes. There it is computed by taps."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        for conv in model.modules():
+            if isinstance(conv, nn.Conv2d) and min(conv.weight.shape[:2]) >= 64:  # no groups
+                conv._conv_forward = partial(by_taps, conv.stride, conv.padding)
+
+
+def by_taps(stride, padding, x, weight, bias):
+    if torch.is_autocast_enabled("cpu") or not x.is_cpu:
+        return F.conv2d(x, weight, bias, stride, padding)
+    return TapConvolution.apply(x, weight, bias, stride, padding)
 
 
 # ---- a run's folder
@@ -131,34 +243,38 @@ class Run:
     """A folder with log.csv and checkpoints PREFIX_step*.pt, of which the last two are kept. Rank 0
     writes, and locks the folder until the `with` ends.
 
-    SIGTERM and Ctrl-C end the run at once where that loses nothing (set-up, cache, validation).
-    Between defer_signals(True) and (False) they set `stopping`, which the loop obeys after its
-    step."""
+    SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 end the run at once where that loses nothing (set-up, cache,
+    validation). Between defer_signals(True) and (False) they set `stopping`, which the loop obeys
+    after its step."""
 
     def __init__(self, out, rank, columns):
         self.out, self.rank, self.columns = Path(out), rank, columns
         self.stopping = self.deferring = False
-        self.lock, self.good = None, {}
+        self.lock, self.good, self.parent = contextlib.ExitStack(), {}, os.getppid()
         if rank == 0:
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
-                self.lock = lock(self.out / ".lock", f"another run is writing to {out}; wait for "
-                                                     "it or choose another --out")
+                self.lock.enter_context(lock(
+                    self.out / ".lock",
+                    f"another run is writing to {out}; wait for it or choose another --out"))
                 # what a killed run was writing
                 for part in self.out.glob(".*_step*.part"):
                     part.unlink()
             except OSError as e:
+                self.lock.close()
                 raise UserError(f"cannot write to --out {out}: {e.strerror}") from None
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        # what nohup has ignored stays ignored
+        heeded = [s for s in STOP_SIGNALS
+                  if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
+        self.handlers = {s: signal.signal(s, self._stop) for s in heeded}
         return self
 
     def __exit__(self, *_):
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
-        if self.lock:
-            self.lock.close()
+        self.lock.close()
 
     def _stop(self, number, _):
         # a second Ctrl-C does not wait
@@ -175,21 +291,24 @@ class Run:
         """Whether any rank was asked to stop. The flag is on the CPU, so that no GPU waits."""
         if not dist.is_initialized():
             return self.stopping
+        # SIGUSR1 ends torchrun, which does not pass it on
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
+            self.stopping = True
         flag = torch.tensor(float(self.stopping))
         dist.all_reduce(flag)
         return flag.item() > 0
 
     def checkpoints(self, prefix):
-        return sorted(self.out.glob(f"{prefix}_step*.pt"))
+        return saved(self.out, prefix, "pt")
 
     def last_good(self, prefix):
         return self.good.get(prefix, "none")
 
     def resume(self, s, stage=()):
         """Loads the newest good checkpoint, if any, into `s` and rewinds the log to its step. s:
-        prefix, recipe (what must not change), networks, optimisers, meter, step and steps. stage:
-        (its number,) where log.csv begins with it."""
-        saved = self._newest(s.prefix, s.recipe)
+        prefix, recipe (what must not change, but for may_change), networks, optimisers, meter, step
+        and steps. stage: (its number,) where log.csv begins with it."""
+        saved = self._newest(s.prefix, s.recipe, s.may_change)
         if saved:
             path = self.last_good(s.prefix)
             with reading(path, "checkpoint"):
@@ -211,16 +330,18 @@ class Run:
                 old.unlink()
         self.rewind_log(s.step, s.steps, s.log_every, stage)
 
-    def _newest(self, prefix, recipe):
+    def _newest(self, prefix, recipe, may_change):
         for path in reversed(self.checkpoints(prefix)):
             try:
                 content = load_file(path)
                 if not isinstance(content.get("recipe"), dict):
                     raise UserError(f"{path} is no checkpoint to resume from")
+            except SystemFailure:
+                raise
             except UserError as e:
                 print(f"WARNING: {e}; trying the checkpoint before it", file=sys.stderr)
                 continue
-            check_same(content["recipe"], recipe, path)
+            check_same(content["recipe"], recipe, path, may_change=may_change)
             self.good[prefix] = path
             return content
         if self.checkpoints(prefix):
@@ -234,7 +355,8 @@ class Run:
             check_weights(network, self, s.prefix)
         content = {k: part.state_dict() for k, part in (s.networks | s.optimisers).items()}
         content |= {"step": s.step, "recipe": s.recipe, "meter": s.meter.state(),
-                    "rng": rng_states(), "arguments": next(iter(s.networks.values())).arguments}
+                    "rng": rng_states(), "arguments": next(iter(s.networks.values())).arguments,
+                    "classes": s.classes}
         path = self.out / f"{s.prefix}_step{s.step:08d}.pt"
         if self.rank == 0:
             save_checkpoint(path, content)
@@ -248,6 +370,7 @@ class Run:
         that is due, and obeys signals."""
         bar = tqdm(total=s.steps, initial=s.step, desc=s.prefix, disable=self.rank != 0,
                    mininterval=1)
+        torch.backends.cudnn.benchmark = True  # every step has the same shapes
         self.defer_signals(True)
         while s.step < s.steps:
             yield
@@ -275,8 +398,8 @@ class Run:
     def forget(self, prefix):
         """--overwrite: deletes checkpoints and pictures."""
         if self.rank == 0:
-            for path in [*self.out.glob(f"{prefix}.pt"), *self.out.glob(f"{prefix}_step*")]:
-                path.unlink()
+            for path in (self.out / f"{prefix}.pt", *saved(self.out, prefix, "(pt|png)")):
+                path.unlink(missing_ok=True)
         barrier()  # nobody resumes from what is being deleted
 
     def log(self, row):
@@ -303,6 +426,14 @@ class Run:
         rows = [row for row in rows if row.endswith("\n")  # else a kill has cut it
                 and tuple(map(int, row.split(",")[:len(position)])) <= position]
         write_atomically(log, lambda f: f.write("".join([head, *rows]).encode()))
+
+
+def saved(folder, prefix, suffix):
+    """The files PREFIX_step00000000.SUFFIX in a folder, in the order of their steps. suffix: a
+    regular expression."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    form = re.compile(rf"{prefix}_step\d{{8,}}\.{suffix}")
+    return [Path(folder, name) for name in sorted(names) if form.fullmatch(name)]
 
 
 def due(step, every, steps):
@@ -418,21 +549,38 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
+    def parse_args(self, argv=None):
+        """With ~ expanded, which the shell does not do in --out=~/x."""
+        def expanded(value):
+            if isinstance(value, list):
+                return [expanded(v) for v in value]
+            return os.path.expanduser(value) if isinstance(value, str) else value
+
+        args = super().parse_args(argv)
+        vars(args).update({name: expanded(value) for name, value in vars(args).items()})
+        return args
+
     def training_flags(self):
         """What both training scripts take."""
         add = self.add_argument
         add("--data", help="folder of images, one folder per class or flat; 'shapes': built in")
         add("--val", help="folder of held-out images (default: `val` beside a folder `train`, else "
                           "5%% of the files)")
+        add("--check-data", action="store_true",
+            help="first decode all images; unreadable.json in --out names those that cannot be")
+        add("--skip-unreadable", action="store_true",
+            help="the same, once, and train without them; at most 1 %%")
         add("--val-images", type=count, help="held-out images at most")
         add("--steps", type=count)
         add("--batch-size", type=count, help="global: over all ranks and micro-batches")
         add("--accum", type=count, default=1, help="micro-batches per step")
         add("--ema-decay", type=fraction)
         add("--seed", type=index, default=0)
-        add("--size", type=count, help="image side in px, divisible by 16")
+        add("--size", type=count,
+            help="image side in px, divisible by 16 (train_dit.py: default the tokenizer's)")
         add("--workers", type=index, help="loader processes per rank")
-        add("--compile", action="store_true", help="torch.compile the blocks")
+        add("--compile", action=argparse.BooleanOptionalAction,
+            help="torch.compile the blocks (default: on GPUs)")
         add("--checkpointing", action="store_true",
             help="recompute activations: less memory, slower")
         for flag in ("--log-every", "--save-every", "--grid-every"):
@@ -476,7 +624,14 @@ def launch(main):
         sys.exit(f"error: {' '.join(str(e).splitlines())}")  # one line, whatever a file is called
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"error: out of GPU memory (--accum N splits the batch; --checkpointing; fewer "
+                 f"images at once): {first_line(e)}")
+    except dist.DistBackendError as e:
+        sys.exit(f"error: another rank has stopped, or the network between them: {first_line(e)}")
     except RuntimeError as e:
+        if re.search(r"C(\+\+)? compiler|Compiler: .* not found", str(e)):
+            sys.exit("error: --compile takes a C++ compiler, such as g++ (CXX=... names another)")
         if str(e).startswith("DataLoader worker"):  # torch raises it anywhere in main
             sys.exit("error: a process that loads images has died (short of memory? fewer "
                      f"--workers?): {e}")
@@ -490,11 +645,16 @@ def launch(main):
         dist.destroy_process_group()
 
 
+def first_line(e):
+    return str(e).strip().split("\n")[0]
+
+
 def end_workers():
     """Ends the loader's workers. Python's exit handler would send SIGTERM, which they ignore
     (data.keep_loading), and wait for ever."""
     if workers := multiprocessing.active_children():
-        # torch's handler would raise, in place of what went wrong
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):
+            # torch's handler would raise, in place of what went wrong
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in workers:
             worker.kill()

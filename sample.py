@@ -2,7 +2,7 @@
 
     dz/dt = v(z, t),  t: 1 -> 0 in N intervals, by Euler (N evaluations) or Heun (2N)
     guidance:  v = v_null + cfg (v_class - v_null)  for lo <= t <= hi, elsewhere v_class alone
-               from text: v_text and v_empty in their place
+               (from text: the prompt in the class' place, the empty prompt in null's)
 
 A grid of the last generator in runs/dit:  python sample.py --preset tiny
 From text:                                 python sample.py --dit runs/t2i/dit_step00001200.pt
@@ -18,6 +18,8 @@ size and number of processes. The same command completes what is missing in --ou
 
 Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 """
+import contextlib
+import difflib
 import itertools
 from functools import partial
 from pathlib import Path
@@ -30,28 +32,34 @@ from tqdm import tqdm
 import runs
 import toy
 from baselines import VAE, FluxVAE
-from captions import ClipT5, Words, read_prompts, save_captioned_grid, unpack
-from data import rng, save_grid, to_uint8
+from captions import ClipT5, Words, read_prompts, save_captioned_grid
+from data import IMAGE_TYPES, rng, save_grid, shown, to_uint8
 from files import (
     BatchedArray,
     UserError,
     build,
-    claim,
     dit_arguments,
     fingerprint,
+    kind_of,
     load_file,
     load_tokenizer,
     lock,
+    outdated,
     print_0,
     ranges,
+    read_record,
     reading,
+    require,
     require_statistics,
     sha256,
+    unwrapped,
     write_atomically,
+    write_record,
 )
 from mmdit import MMDiT, time_shift
 from model import LightningDiT
 from runs import count, index, positive
+from vfm_vae import VFMVAE
 
 # ---- the sampler
 
@@ -63,12 +71,13 @@ def time_grid(steps, shift=1.0):
 
 
 class Velocity:
-    """v(z, t) of a network for the classes y (B,), or y = (text tokens, pooled text), with classifier-free guidance; z (B, d, h, w),
-    t a number. null: what stands for no class, or no text (None: class K). It counts the evaluations of the network per image.
+    """v(z, t) of a network for the classes y (B,), or rows of text (B, ...), with classifier-free
+    guidance; z (B, d, h, w), t a number. It counts the evaluations of the network per image.
 
     cfg: scale, 1 for none. interval: the times lo <= t <= hi with guidance. channels: how many are
     guided (None: all; 3: the rule behind LightningDiT's published scales). time: "paper", or
-    "lightning" for a network that has learned the other direction."""
+    "lightning" for a network that has learned the other direction. null: what y is without class or
+    text (None: class K)."""
 
     def __init__(self, model, y, cfg=1.0, interval=(0.0, 1.0), channels=None, time="paper",
                  null=None):
@@ -90,11 +99,7 @@ class Velocity:
         if self.cfg == 1 or not self.lo <= t <= self.hi:
             return self.network(z, t, self.y)
         self.unconditional += 1
-        if isinstance(self.y, tuple):  # text
-            y = tuple(torch.cat(pair) for pair in zip(self.y, self.null))
-        else:
-            y = torch.cat([self.y, self.null])
-        both = self.network(torch.cat([z, z]), t, y)
+        both = self.network(torch.cat([z, z]), t, torch.cat([self.y, self.null]))
         v, v_null = both.chunk(2)  # (B, d, h, w) each
         guided = v_null + self.cfg * (v - v_null)
         if self.channels is None:
@@ -116,30 +121,31 @@ def integrate(velocity, z, times, method="euler"):
 def generate(model, tokenizer, indices, labels, seed, times, method="euler", dtype=torch.float32,
              text=None, **guidance):
     """Images (B, 3, H, W), about in [-1, 1], of the indices; and the network's evaluations per
-    image, (conditional, unconditional). labels: the classes of all images, or None. text: rows of
-    captions.py's text encoders, of k prompts and of the empty one; image i is of prompt i mod k.
-    guidance: arguments of Velocity."""
+    image, (conditional, unconditional). labels: the classes of all images, or None. text: the rows
+    of k prompts and of the empty one (see captions.py); image i is of prompt i mod k. guidance:
+    arguments of Velocity."""
     device = tokenizer.latent_mean.device
     shape = (tokenizer.d, *model.arguments["grid"])
     # a generator for each image: its noise is the same in any batch
     z1 = np.stack([rng(seed, "noise", int(i)).standard_normal(shape, np.float32) for i in indices])
     y = None if labels is None else torch.from_numpy(labels[indices].astype(np.int64)).to(device)
     if text is not None:
-        rows = np.concatenate([text[np.asarray(indices) % (len(text) - 1)],
-                               np.broadcast_to(text[-1], (len(z1), text.shape[1]))])
-        rows = torch.from_numpy(rows.astype(np.float32)).to(device)  # (2B, ...), B of no text
-        both = unpack(rows, model.arguments["text"], model.arguments["pooled"])
-        y, guidance["null"] = (tuple(part.chunk(2)[i] for part in both) for i in (0, 1))
+        y, guidance["null"] = (torch.from_numpy(text[rows].astype(np.float32)).to(device)
+                               for rows in (indices % (len(text) - 1), 0 * indices - 1))
     velocity = Velocity(model, y, **guidance)
     with runs.autocast(device, dtype):
         z0 = integrate(velocity, torch.from_numpy(z1).to(device), times, method)  # (B, d, h, w)
-    images = tokenizer.decode(tokenizer.unnormalize(z0))  # fp32: bf16 lacks a pixel's 256 levels
+    z0 = tokenizer.unnormalize(z0)
+    # a few at once: 128 channels of 64 images of 512 px are 2**31 numbers, too many for CUDA's
+    # up-sampling. In fp32: bf16 lacks a pixel's 256 levels.
+    few = max(1, 2 ** 15 // z0[0, 0].numel())
+    images = torch.cat([tokenizer.decode(z) for z in z0.split(few)])
     return images, (velocity.conditional, velocity.unconditional)
 
 
-def choose_labels(spec, num_classes, num, seed):
-    """The classes of images 0 to num-1: `balanced` (0, 1, ..., K-1, 0, ...), `random`, or a list
-    such as 3,3,7, repeated. None for an unconditional model."""
+def choose_labels(spec, num_classes, num, seed, names=()):
+    """The classes of images 0 to num-1: `balanced` (0, 1, ..., K-1, 0, ...), `random`, or a list of
+    numbers and names, such as 3,3,dog, repeated. None for an unconditional model."""
     if not num_classes:
         if spec != "balanced":
             raise UserError(f"--labels {spec}: this generator is unconditional")
@@ -148,39 +154,27 @@ def choose_labels(spec, num_classes, num, seed):
         return np.arange(num) % num_classes
     if spec == "random":
         return np.array([rng(seed, "label", i).integers(num_classes) for i in range(num)])
-    try:
-        chosen = np.array([int(c) for c in spec.split(",")])
-    except ValueError:
-        raise UserError(
-            f"--labels takes balanced, random, or classes such as 3,3,7; not {spec}") from None
-    if chosen.min() < 0 or chosen.max() >= num_classes:
+    chosen = []
+    for c in spec.split(","):
+        try:
+            chosen.append(int(c))  # what looks like a number is one, whatever the classes are named
+        except ValueError:
+            if c not in names:
+                close = difflib.get_close_matches(c, names, cutoff=0.5)
+                raise UserError(
+                    f"--labels {spec}: no class is named {c!r}"
+                    + (f"; close to it: {', '.join(close)}" if close else "")
+                    + ("" if names else "; the generator has no names, its classes are 0 to "
+                       f"{num_classes - 1}")) from None
+            chosen.append(names.index(c))
+    if min(chosen) < 0 or max(chosen) >= num_classes:
         raise UserError(f"--labels {spec}: the generator's classes are 0 to {num_classes - 1}")
-    return chosen[np.arange(num) % len(chosen)]
+    return np.array(chosen)[np.arange(num) % len(chosen)]
 
 
-def text_encoder(args, device):
-    """FLUX's two of --clip-text and --t5; without them the built-in one of the shapes."""
-    if args.clip_text or args.t5:
-        return ClipT5(args.clip_text, args.t5, args.text_length, device)
-    return Words(toy.VOCABULARY)
-
-
-def encode_prompts(args, model, content, device):
-    """(the prompts, their rows and the empty prompt's) for a generator of text; (None, None) for
-    another. Errors: UserError."""
-    given = args.prompt or (args.prompts and read_prompts(args.prompts))
-    if not isinstance(model, MMDiT):
-        if given:
-            raise UserError(f"{args.dit} takes no prompts: it was trained without --captions")
-        return None, None
-    if not given:
-        raise UserError(f"{args.dit} draws from text: give --prompt TEXT or --prompts FILE")
-    encoder, learned = text_encoder(args, device), content["recipe"]["text encoder"]
-    if encoder.identity != learned:
-        raise UserError(f"{args.dit} was trained with another text encoder ({learned}) than this "
-                        f"one ({encoder.identity}): give the same --clip-text, --t5, --text-length")
-    rows = [encoder([given[i] for i in batch]) for batch in ranges(len(given), 32)]
-    return given, np.concatenate([*rows, encoder([""])])
+def name_labels(labels, names, most=12):
+    """What is drawn, such as "3 = dog, 7 = cat and 2 more"."""
+    return shown([f"{c} = {names[c]}" for c in np.unique(labels)], most)
 
 
 # ---- checkpoints, results
@@ -189,22 +183,27 @@ def load_dit(path):
     """(generator with the EMA weights, content of the file), of a checkpoint of train_dit.py or
     an official LightningDiT. Raises UserError."""
     content = load_file(path, "generator")
-    state = content.get("ema")
-    if isinstance(state, dict) and "txt_in.weight" in state and "recipe" in content:
-        with reading(path, "generator"):
+    with reading(path, "checkpoint of a generator"):
+        state = unwrapped(content)
+        if kind_of(state) == "FLUX's transformer" and "text encoder" in content.get("recipe", {}):
             return build(MMDiT, content["arguments"], state, path).eval(), content
-    if not isinstance(state, dict) or "x_embedder.proj.weight" not in state:
-        raise UserError(f'{path} is no checkpoint of a LightningDiT: no weights under "ema"')
-    with reading(path, "checkpoint of a LightningDiT"):
+        require("LightningDiT", state, path)
+        if "ema" not in content:
+            print_0(f"NOTE: {path} names no EMA: its weights are taken as they are")
         arguments = content.get("arguments") or dit_arguments(state)
         return build(LightningDiT, arguments, state, path).eval(), content
 
 
 def load_pair(args):
-    """(generator, its file's content, tokenizer): they must belong together, and the latents need statistics."""
+    """(generator, tokenizer, names of the classes, if it knows them, identity of its text encoder,
+    if it has one): generator and tokenizer must belong together, the latents need statistics."""
     path = args.dit
     model, content = load_dit(path)
-    tokenizer = load_tokenizer(args.tokenizer, VAE, FluxVAE)
+    names = content.get("classes") or []
+    if names and not (isinstance(names, list) and len(names) == model.num_classes
+                      and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{path}: its class names are not {model.num_classes} strings")
+    tokenizer = load_tokenizer(args.tokenizer, VAE, VFMVAE, FluxVAE)
     if tokenizer.d != model.d:
         raise UserError(f"the tokenizer {args.tokenizer} has {tokenizer.d} latent channels, the "
                         f"generator takes {model.d}")
@@ -228,7 +227,7 @@ def load_pair(args):
                                 "channels, finite numbers")
             buffer.copy_(value.flatten())
     require_statistics(tokenizer, args.tokenizer)
-    return model, content, tokenizer
+    return model, tokenizer, names, content.get("recipe", {}).get("text encoder")
 
 
 def grid_rows(images, labels, width=8):
@@ -250,37 +249,100 @@ def write_npz(path, draw, num, side, batch_size, recipe, overwrite):
     if array.complete:
         return
     missing = array.missing(batch_size)
-    for batch in tqdm(missing, "sampling", disable=array.rank != 0, mininterval=1):
-        array.write(batch, to_uint8(draw(batch)))
-    array.finish()
+    with array.lock:
+        for batch in tqdm(missing, "sampling", disable=array.rank != 0, mininterval=1):
+            array.write(batch, to_uint8(draw(batch)))
+        array.finish()
 
 
 def write_pngs(folder, draw, num, batch_size, recipe, overwrite, rank, world):
     """num images as folder/000000.png ..., each written atomically; those that are there stay. A
     batch that lacks one is drawn whole (see files.BatchedArray)."""
-    folder, held = Path(folder), None
-    if rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held = lock(folder / ".lock", f"another process is writing to {folder}; wait for it")
-        except OSError as e:
-            raise UserError(f"cannot write to --out {folder}: {e.strerror}") from None
-        there = list(folder.glob("*.png"))
-        if claim(folder, folder / "sampling.json", recipe, overwrite, bool(there)):
-            for path in there:
-                path.unlink()
-    runs.barrier()
-    paths = [folder / f"{i:06d}.png" for i in range(num)]
-    missing = {i for i, path in enumerate(paths) if not path.exists()}
-    runs.barrier()  # all have looked before one writes
-    order = [batch for batch in ranges(num, batch_size) if missing.intersection(batch)]
-    for batch in tqdm(order[rank::world], "sampling", disable=rank != 0, mininterval=1):
-        for i, image in zip(batch, to_uint8(draw(batch))):
-            if i in missing:
-                write_atomically(paths[i], partial(Image.fromarray(image).save, format="PNG"))
-    runs.barrier()
-    if rank == 0:
-        held.close()
+    folder = Path(folder)
+    with contextlib.ExitStack() as held:
+        if rank == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock(
+                    folder / ".lock", f"another process is writing to {folder}; wait for it"))
+                claim_pngs(folder, num, recipe, overwrite)
+            except OSError as e:
+                raise UserError(f"cannot write to --out {folder}: {e.strerror}") from None
+        runs.barrier()
+        paths = [png(folder, i) for i in range(num)]
+        missing = {i for i, path in enumerate(paths) if not path.exists()}
+        runs.barrier()  # all have looked before one writes
+        order = [batch for batch in ranges(num, batch_size) if missing.intersection(batch)]
+        for batch in tqdm(order[rank::world], "sampling", disable=rank != 0, mininterval=1):
+            for i, image in zip(batch, to_uint8(draw(batch))):
+                if i in missing:
+                    write_atomically(paths[i], partial(Image.fromarray(image).save, format="PNG"))
+        runs.barrier()
+
+
+def png(folder, i):
+    return folder / f"{i:06d}.png"
+
+
+def claim_pngs(folder, num, recipe, overwrite):
+    """Writes the folder's record: the recipe, and how many images were begun by it. Only these are
+    ever deleted."""
+    record = folder / "sampling.json"
+    then = read_record(record)
+    made = then.get("images", num if then else 0)  # older records lack it
+    other = [path for i in range(made, num) if (path := png(folder, i)).exists()]
+    if other:
+        raise UserError(f"{other[0]} is none of the {made} images that sample.py has made there: "
+                        "move it away, or choose another --out")
+    present = any(path.suffix == ".png" for path in folder.iterdir())
+    if outdated(folder, record, recipe, overwrite, present):
+        for i in range(made):
+            png(folder, i).unlink(missing_ok=True)
+        made = 0
+    write_record(record, recipe | {"images": max(made, num)})
+
+
+# ---- text to image
+
+def text_flags(p):
+    """What train_dit.py and sample.py ask of a generator from text."""
+    add = p.add_argument
+    add("--clip-text", help="folder of CLIP-L in transformers' layout")
+    add("--t5", help="folder of a T5 encoder in transformers' layout (without both: the built-in "
+                     "text encoder of the shapes)")
+    add("--text-length", type=count, default=256,
+        help="T5's tokens of a prompt (default: %(default)s)")
+
+
+def open_text_encoder(args, device):
+    """FLUX's two of --clip-text and --t5; without them the built-in one of the shapes."""
+    if args.clip_text or args.t5:
+        return ClipT5(args.clip_text, args.t5, args.text_length, device)
+    return Words(toy.VOCABULARY)
+
+
+def encode_prompts(args, model, learned, device):
+    """(the prompts, their rows and the empty prompt's) for a generator from text, which has learned
+    with the text encoder `learned`; (None, None) for another. Sets what follows from the prompts:
+    the default of --num and --shift. Errors: UserError."""
+    prompts = args.prompt or (args.prompts and read_prompts(args.prompts))
+    if learned is None:
+        if prompts:
+            raise UserError(f"{args.dit} takes no prompts: it was trained without --captions")
+        return None, None
+    if not prompts:
+        raise UserError(f"{args.dit} draws from text: give --prompt TEXT or --prompts FILE")
+    encoder = open_text_encoder(args, device)
+    if encoder.identity != learned:
+        raise UserError(f"{args.dit} was trained with another text encoder ({learned}) than this "
+                        f"one ({encoder.identity}): give the same --clip-text, --t5, --text-length")
+    rows = [encoder([prompts[i] for i in batch]) for batch in ranges(len(prompts), 32)]
+    if "num" not in args.given:
+        args.num = len(prompts)
+    if "shift" not in args.given:
+        h, w = model.arguments["grid"]
+        args.shift = time_shift(h * w / model.patch ** 2)
+    return prompts, np.concatenate([*rows, encoder([""])])
 
 
 # ---- the command line
@@ -292,15 +354,6 @@ PRESETS = {
     "paper": {"num": 64, "steps": 250, "cfg": 4.0, "cfg_interval": (0.0, 0.89), "shift": 1 / 0.3,
               "batch_size": 64},
 }
-
-
-def text_flags(p):
-    """What train_dit.py and sample.py take of a generator from text."""
-    p.add_argument("--clip-text", help="folder of CLIP-L in transformers' layout")
-    p.add_argument("--t5", help="folder of a T5 encoder in transformers' layout (without both: the "
-                                "built-in text encoder of the shapes)")
-    p.add_argument("--text-length", type=count, default=256,
-                   help="T5's tokens of a prompt (default: %(default)s)")
 
 
 def parse(argv=None):
@@ -322,7 +375,7 @@ def parse(argv=None):
     add("--cfg-channels", type=count,
         help="guide the first channels only (3: LightningDiT's rule; default: all)")
     add("--labels", default="balanced",
-        help="balanced, random, or classes such as 3,3,7 (default: %(default)s)")
+        help="balanced, random, or classes by number or name: 3,3,dog (default: %(default)s)")
     add("--prompt", action="append", help="text to draw; may be repeated")
     add("--prompts", help="file of prompts, one a line")
     text_flags(p)
@@ -340,11 +393,14 @@ def parse(argv=None):
     if not 0 <= lo <= hi <= 1:
         raise UserError(
             f"--cfg-interval takes LO <= HI in [0, 1] (times, 0 is data), not {lo:g} {hi:g}")
+    if args.out and Path(args.out).suffix.lower() in IMAGE_TYPES:
+        raise UserError(f"--out {args.out}: takes NAME.npz, or a folder of PNGs; one picture of "
+                        f"the images is --grid {args.out}")
     return args
 
 
 def last_dit(folder="runs/dit"):
-    found = sorted(Path(folder).glob("dit_step*.pt"))
+    found = runs.saved(folder, "dit", "pt")
     if not found:
         raise UserError(f"no generator in {folder}: run train_dit.py first, or give --dit CKPT")
     return found[-1]
@@ -354,16 +410,11 @@ def main(argv=None):
     args = parse(argv)
     rank, world, device = runs.setup_ranks()
     args.dit = Path(args.dit or last_dit())
-    model, content, tokenizer = load_pair(args)
-    prompts, text = encode_prompts(args, model, content, device)
-    if prompts and "shift" not in args.given:
-        h, w = model.arguments["grid"]
-        args.shift = time_shift(h * w / model.patch ** 2)
-    if prompts and "num" not in args.given:
-        args.num = len(prompts)
+    model, tokenizer, names, learned = load_pair(args)
+    prompts, text = encode_prompts(args, model, learned, device)
     model.to(device)
     tokenizer.to(device)
-    labels = choose_labels(args.labels, model.num_classes, args.num, args.seed)
+    labels = choose_labels(args.labels, model.num_classes, args.num, args.seed, names)
     dtype, times = runs.autocast_dtype(args.dtype, device), time_grid(args.steps, args.shift)
     guidance = {"cfg": args.cfg, "interval": args.cfg_interval, "channels": args.cfg_channels,
                 "time": args.time or "paper"}
@@ -381,6 +432,8 @@ def main(argv=None):
             f"{kind}, {args.method}, {args.steps} steps, shift "
             f"{args.shift:g}, cfg {args.cfg if prompts or model.num_classes else 1:g} for t in "
             f"[{lo:g}, {hi:g}], {device.type}, {str(dtype).removeprefix('torch.')}")
+    if names:
+        print_0(f"classes: {name_labels(labels, names)}")
     if args.out:
         recipe = {k: getattr(args, k) for k in (
             "steps", "method", "shift", "cfg", "cfg_interval", "cfg_channels", "labels", "seed",
@@ -402,8 +455,7 @@ def main(argv=None):
         n = min(args.num, 96) if args.out else args.num
         images = torch.cat([draw(batch).cpu() for batch in ranges(n, args.batch_size)])
         if prompts:
-            shown = [prompts[i % len(prompts)] for i in range(n)]
-            save_captioned_grid(images, shown, grid)
+            save_captioned_grid(images, prompts, grid)
         else:
             save_grid(grid_rows(images, labels), grid)
         print(f"{n} images in {grid}")

@@ -9,23 +9,33 @@ import atexit
 import contextlib
 import copy
 import csv
+import errno
 import functools
+import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import traceback
-from itertools import chain
+import tracemalloc
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest import SkipTest
+from unittest.mock import Mock, patch
 
 import numpy as np
 import torch
@@ -46,6 +56,7 @@ import sample
 import toy
 import train_dit
 import train_tokenizer as tt
+import vfm_vae
 from baselines import VAE, FluxVAE
 from files import BatchedArray, UserError, load_encoder, load_file, load_tokenizer, save_checkpoint
 from mmdit import MMDITS, MMDiT
@@ -57,9 +68,10 @@ HERE = Path(__file__).resolve().parent
 TMP = Path(tempfile.mkdtemp(prefix="aligntok-"))
 atexit.register(shutil.rmtree, TMP, ignore_errors=True)
 CPU = torch.device("cpu")
-SMALL = ["--preset", "tiny", "--encoder", "random:tiny14", "--batch-size", "4", "--val-images",
-         "24", "--probe-images", "48", "--dtype", "fp32", "--disc-start", "0", "--log-every", "1",
-         "--save-every", "2"]
+PLAIN = ["--preset", "tiny", "--batch-size", "4", "--val-images", "24", "--probe-images", "48",
+         "--dtype", "fp32", "--disc-start", "0", "--log-every", "1", "--save-every", "2", "--size",
+         "32"]
+SMALL = [*PLAIN, "--encoder", "random:tiny14"]
 
 
 # ----------------------------------------------------------------------------- what the tests share
@@ -87,7 +99,8 @@ def error_of(call, *args, kind=UserError):
 
 @contextlib.contextmanager
 def folder():
-    with tempfile.TemporaryDirectory() as d:
+    # Windows deletes no file that is mapped
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as d:
         yield Path(d)
 
 
@@ -113,8 +126,8 @@ def recorded(module, name):
     """Inside it, a list of (arguments, result) of every call of a module's function."""
     calls, original = [], getattr(module, name)
 
-    def function(*args):
-        calls.append((args, original(*args)))
+    def function(*args, **kw):
+        calls.append((args, original(*args, **kw)))
         return calls[-1][1]
 
     with patch.object(module, name, function):
@@ -143,11 +156,19 @@ def end(process, timeout=300):
     try:
         return process.communicate(timeout=timeout)[1]
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         raise AssertionError(f"a hang: {process.communicate()[1][-2000:]}") from None
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        kill(process)
+
+
+def kill(process):
+    """With its group, where the system has groups."""
+    with contextlib.suppress(ProcessLookupError):
+        if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
 
 
 def complete(*command, **kw):
@@ -193,6 +214,18 @@ def load_both_ways(path):
     return img
 
 
+def png_chunk(kind, content):
+    crc = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+def png_of(width, height, pixels=b"", chunk=b"", depth=8):
+    """A PNG file by hand: its header may claim anything. chunk: a further one, after the header."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(pixels))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk + pixels + png_chunk(b"IEND", b"")
+
+
 def write_shapes(root, n=24, size=32):
     """The first n shapes as PNG files, one folder per class."""
     shapes = Shapes(n=n, size=size)
@@ -212,6 +245,10 @@ def random_weights(net, seed=0, scale=0.2):
             if p.requires_grad:
                 p.add_(scale * torch.randn(p.shape, generator=g))
     return net.eval()
+
+
+def prefixed(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
 
 
 def parameters(net):
@@ -261,11 +298,12 @@ def mini_size():
 
 
 def mini_dit(d):
-    """Flags of train_dit.py for a tokenizer and 24 images that are written to folder d."""
+    """Flags of train_dit.py for a tokenizer, and 24 and 12 images, that are written to folder d."""
     return ["--preset", "tiny", "--model", "mini", "--size", "32", "--batch-size", "8", "--dtype",
             "fp32", "--grid-every", "99", "--save-every", "99",
             "--tokenizer", save_tokenizer(small_tokenizer(), d / "tok.pt"),
-            "--data", write_shapes(d / "data" / "train"), "--val", write_shapes(d / "data" / "val")]
+            "--data", write_shapes(d / "data" / "train", size=48),
+            "--val", write_shapes(d / "data" / "val", 12, 48)]
 
 
 def gaussian(mu, sigma):
@@ -278,7 +316,7 @@ def gaussian(mu, sigma):
 
 TIERS = [{"model", "losses"}, {"files", "mmdit"}, {"runs", "data"}, {"toy", "baselines", "captions", "vfm_vae"},
          {"fid", "sample"}, {"train_tokenizer", "train_dit"}]
-ON_TOP = {"test_smoke", "test_faults", "bench", "results"}  # they may import anything
+ON_TOP = {"test_smoke", "test_faults", "test_gpu", "bench", "results"}  # they may import anything
 
 
 def test_imports_go_one_way():
@@ -286,7 +324,7 @@ def test_imports_go_one_way():
     tier = {name: i for i, names in enumerate(TIERS) for name in names}
     for path in [*HERE.glob("*.py"), *HERE.glob("results/*.py")]:
         imports = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Import):
                 imports |= {alias.name.split(".")[0] for alias in node.names}
             if isinstance(node, ast.ImportFrom):
@@ -322,6 +360,8 @@ def test_parameter_counts():
     assert parameters(flux2.encoder) == 34_425_856 and parameters(flux2.decoder) == 49_620_259
     assert [len(m.state_dict()) - 2 for m in (flux, flux2)] == [244, 251 - 3]  # 3 of its BatchNorm
     assert parameters(losses.PatchGAN()) == 2_765_633
+    # 2/3 of 4 x 64, rounded up to a multiple of 8
+    assert model.Block(64, 1, swiglu=True).mlp.w3.in_features == 176
     for key in ("encoder.down.0.block.1.conv2.weight", "encoder.down.2.block.0.nin_shortcut.weight",
                 "encoder.down.4.attn.1.proj_out.bias", "encoder.down.3.downsample.conv.weight",
                 "encoder.mid.attn_1.q.weight", "decoder.up.4.attn.2.norm.weight",
@@ -329,11 +369,40 @@ def test_parameter_counts():
         assert key in vae.state_dict(), key
 
 
+def test_initialisation():
+    """Mean and standard deviation of each weight at the start, by the published rules: the first
+    pattern in its name counts."""
+    sizes = {"dim": 64, "depth": 1, "heads": 2, "patch": 2, "num_classes": 99, "qk_norm": True}
+    for net, rules in (
+            (DINOv2(dim=128, depth=1, registers=4, grid=8), {
+                "patch_embed": None, "bias": (0, 0), "norm": (1, 0), "gamma": (1, 0),
+                "mask_token": (0, 0), "cls_token": (0, 1e-6), "register": (0, 1e-6),
+                "": (0, 0.02)}),
+            (LightningDiT(**sizes), {
+                "pos_embed": None, "bias": (0, 0), "norm": (1, 0), "adaLN": (0, 0),
+                "final_layer.linear": (0, 0), "t_embedder": (0, 0.02), "y_embedder": (0, 0.02),
+                "": "xavier"}),
+            (losses.PatchGAN(16), {
+                "main.0.bias": None, "main.11.bias": None, "bias": (0, 0), "main.3.": (1, 0.02),
+                "main.6.": (1, 0.02), "main.9.": (1, 0.02), "": (0, 0.02)})):
+        for name, p in net.named_parameters():
+            rule = next(rule for pattern, rule in rules.items() if pattern in name)
+            if rule == "xavier":  # uniform; a convolution counts as the linear map of a patch
+                limit = (6 / sum(p.flatten(1).shape)) ** 0.5
+                assert 0.95 * limit < p.abs().max() <= limit, name
+                rule = 0, limit / 3 ** 0.5
+            if rule:
+                (mean, std), n = rule, p.numel()
+                assert abs(p.mean() - mean) <= 5 * std / n ** 0.5, name
+                assert abs(p.std(correction=0) - std) <= 5 * std / (2 * n) ** 0.5, name
+
+
 def test_dinov2_against_numpy():
-    """A forward of a one-block register model, in plain numpy with a loop over the heads."""
+    """A forward of a one-block register model on an oblong image, in plain numpy with a loop over
+    the heads."""
     net = random_weights(DINOv2(dim=128, depth=1, registers=4, grid=3), scale=0.1).double()
     w = {k: v.numpy() for k, v in net.state_dict().items()}
-    x = torch.randn(1, 3, 42, 42, dtype=torch.float64)
+    x = torch.randn(1, 3, 28, 42, dtype=torch.float64)
 
     def norm(t, name):
         unit = (t - t.mean(1, keepdims=True)) / np.sqrt(t.var(1, keepdims=True) + 1e-6)
@@ -342,10 +411,11 @@ def test_dinov2_against_numpy():
     def linear(t, name):
         return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
-    squares = [x[0, :, i:i + 14, j:j + 14].numpy() for i in (0, 14, 28) for j in (0, 14, 28)]
+    squares = [x[0, :, i:i + 14, j:j + 14].numpy() for i in (0, 14) for j in (0, 14, 28)]
     patches = [(s * w["patch_embed.proj.weight"]).sum((1, 2, 3)) + w["patch_embed.proj.bias"]
                for s in squares]
-    tokens = np.stack([w["cls_token"][0, 0], *patches]) + w["pos_embed"][0]
+    places = net.position_embedding(2, 3)[0].detach().numpy()
+    tokens = np.stack([w["cls_token"][0, 0], *patches]) + places
     tokens = np.concatenate([tokens[:1], w["register_tokens"][0], tokens[1:]])
     q, k, v = np.split(linear(norm(tokens, "blocks.0.norm1"), "blocks.0.attn.qkv"), 3, axis=1)
     heads = []
@@ -363,6 +433,11 @@ def test_dinov2_against_numpy():
     assert np.allclose(cls[0], tokens[0], atol=1e-10)
     assert np.allclose(out[0], tokens[5:], atol=1e-10)
     assert "divisible by 14" in error_of(net, x[..., :40], kind=ValueError)
+
+
+def pil_bicubic(image, h, w):
+    """An array (H, W) resized to (h, w) by PIL: bicubic, with antialias."""
+    return np.array(Image.fromarray(image).resize((w, h), Image.BICUBIC))
 
 
 def bicubic(v, out, scale, a):
@@ -383,47 +458,100 @@ def bicubic(v, out, scale, a):
 
 def test_position_embedding_rules():
     """Plain models resample by the scale (h + 0.1) / grid with a kernel of a = -0.75, register
-    models by size with PIL's, a = -0.5."""
-    def both_sides(v, h, w, scale_h, scale_w, a):
-        rows = bicubic(v, h, scale_h, a)
-        return bicubic(rows.transpose(1, 0, 2), w, scale_w, a).transpose(1, 0, 2)
-
+    models by size as PIL does, with antialias."""
     net = random_weights(DINOv2(dim=64, depth=0, grid=5))
-    grid = net.pos_embed.detach()[0, 1:].double().view(5, 5, 64).numpy()
-    found = net.position_embedding(3, 7).detach()
-    expected = both_sides(grid, 3, 7, 3.1 / 5, 7.1 / 5, -0.75)
-    assert np.allclose(found[0, 1:].view(3, 7, 64), expected, atol=1e-5)
-    assert torch.equal(found[:, 0], net.pos_embed[:, 0])
-    assert net.position_embedding(5, 5) is net.pos_embed
     reg = DINOv2(dim=64, depth=0, registers=4, grid=5)
     reg.pos_embed = net.pos_embed
-    # enlarging needs no antialias; at the borders torch leaves taps out, so only the inside counts
-    found = reg.position_embedding(10, 10).detach()[0, 1:].view(10, 10, 64)
-    expected = both_sides(grid, 10, 10, 2.0, 2.0, -0.5)
-    assert np.allclose(found[3:-3, 3:-3], expected[3:-3, 3:-3], atol=1e-5)
+    grid = net.pos_embed.detach()[0, 1:].view(5, 5, 64).numpy()
+    for h, w in ((3, 7), (1, 25)):
+        rows = bicubic(grid.astype(float), h, (h + 0.1) / 5, -0.75).transpose(1, 0, 2)
+        expected = bicubic(rows, w, (w + 0.1) / 5, -0.75).transpose(1, 0, 2)
+        found = net.position_embedding(h, w).detach()
+        assert np.allclose(found[0, 1:].view(h, w, 64), expected, atol=1e-5)
+        assert torch.equal(found[:, 0], net.pos_embed[:, 0])
+        found = reg.position_embedding(h, w).detach()[0, 1:].view(h, w, 64)
+        for k in range(3):
+            assert np.allclose(found[..., k], pil_bicubic(grid[..., k], h, w), atol=1e-5)
+    assert net.position_embedding(5, 5) is net.pos_embed
 
 
 def test_convolutional_parts():
-    """GroupNorm's groups, attention over positions, and LDM's asymmetric downsampling."""
+    """GroupNorm's groups and epsilon, and LDM's asymmetric downsampling."""
     for channels, groups in ((128, 32), (512, 32), (64, 16)):
-        x, norm = torch.randn(2, channels, 6, 4), random_weights(model.GroupNorm(channels))
+        x, norm = 0.01 * torch.randn(2, channels, 6, 4), random_weights(model.GroupNorm(channels))
         expected = F.group_norm(x, groups, norm.weight, norm.bias, 1e-6)
         assert torch.allclose(norm(x), expected, atol=1e-6)
-
-    x = torch.randn(2, 64, 6, 4)
-    attn = random_weights(model.AttnBlock(64), scale=0.1)
-    y = attn.norm(x)
-    q, k, v = ((torch.einsum("oc,bchw->bohw", f.weight[:, :, 0, 0], y)
-                + f.bias.view(-1, 1, 1)).flatten(2) for f in (attn.q, attn.k, attn.v))
-    weights = (q.transpose(1, 2) @ k / 8).softmax(-1)  # (B, query, key)
-    y = torch.einsum("bqk,bck->bcq", weights, v).view_as(x)
-    assert torch.allclose(attn(x), x + attn.proj_out(y), atol=1e-5)
 
     x, down = torch.randn(1, 64, 4, 4), random_weights(model.Downsample(64))
     kernel, bias = down.conv.weight[5], down.conv.bias[5]
     first = (x[0, :, :3, :3] * kernel).sum() + bias  # the first window is not padded
     last = (x[0, :, 2:, 2:] * kernel[:, :2, :2]).sum() + bias
     assert torch.allclose(down(x)[0, 5, [0, 1], [0, 1]], torch.stack([first, last]), atol=1e-4)
+
+
+def plain_ldm(S, x, levels):
+    """LDM's encoder (levels "down") or decoder ("up") from its published description, on a state
+    dict whose keys say where there is attention, a shortcut, a resampling."""
+    def conv(name, x, **how):
+        return F.conv2d(x, S[f"{name}.weight"], S[f"{name}.bias"], **how)
+
+    def norm(name, x):
+        groups = x.view(len(x), min(32, x.shape[1] // 4), -1)
+        unit = groups - groups.mean(2, keepdim=True)
+        unit = (unit / (unit.square().mean(2, keepdim=True) + 1e-6).sqrt()).view(x.shape)
+        return unit * S[f"{name}.weight"].view(-1, 1, 1) + S[f"{name}.bias"].view(-1, 1, 1)
+
+    def silu(x):
+        return x / (1 + torch.exp(-x))
+
+    def block(name, x):
+        y = conv(f"{name}.conv1", silu(norm(f"{name}.norm1", x)), padding=1)
+        y = conv(f"{name}.conv2", silu(norm(f"{name}.norm2", y)), padding=1)
+        return y + (conv(shortcut, x) if (shortcut := f"{name}.nin_shortcut") + ".bias" in S else x)
+
+    def attention(name, x):
+        y = norm(f"{name}.norm", x)
+        q, k, v = (conv(f"{name}.{part}", y).flatten(2) for part in "qkv")  # (B, C, h*w)
+        weights = (q.transpose(1, 2) @ k / x.shape[1] ** 0.5).softmax(2)  # (B, query, key)
+        return x + conv(f"{name}.proj_out", (v @ weights.transpose(1, 2)).view(x.shape))
+
+    def middle(x):
+        return block("mid.block_2", attention("mid.attn_1", block("mid.block_1", x)))
+
+    x = conv("conv_in", x, padding=1)
+    if levels == "up":
+        x = middle(x)
+    order = range(5) if levels == "down" else range(4, -1, -1)
+    for level in (f"{levels}.{i}" for i in order):
+        for i in range(sum(f"{level}.block.{j}.conv1.bias" in S for j in range(9))):
+            x = block(f"{level}.block.{i}", x)
+            if f"{level}.attn.{i}.q.bias" in S:
+                x = attention(f"{level}.attn.{i}", x)
+        if f"{level}.downsample.conv.bias" in S:
+            x = conv(f"{level}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2)
+        if f"{level}.upsample.conv.bias" in S:  # each pixel becomes 2 x 2
+            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            x = conv(f"{level}.upsample.conv", x, padding=1)
+    if levels == "down":
+        x = middle(x)
+    return conv("conv_out", silu(norm("norm_out", x)), padding=1)
+
+
+def test_ldm_networks():
+    """Encoder and decoder against the plain ones, forward and backward (where attention takes
+    another way)."""
+    sizes = DECODERS["tiny"] | {"ch": 16}
+    for net, x, levels in ((model.Decoder(d=4, **sizes), torch.randn(2, 4, 2, 3), "up"),
+                           (baselines.Encoder(d=4, **sizes), torch.randn(2, 3, 32, 48), "down")):
+        S = dict(random_weights(net).named_parameters())
+        found, expected = net(x), plain_ldm(S, x, levels)
+        scale = expected.abs().max()
+        assert (found - expected).abs().max() < 1e-4 * scale
+        with torch.no_grad():
+            assert (net(x) - expected).abs().max() < 1e-4 * scale
+        grads = [torch.autograd.grad(out.square().mean(), S["conv_in.weight"])[0]
+                 for out in (found, expected)]
+        assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()
 
 
 def test_tokenizer():
@@ -433,7 +561,10 @@ def test_tokenizer():
     recon, z, tokens = tok(x)
     assert recon.shape == x.shape and z.shape == (2, 24, 4, 6) and tokens.shape == (2, 24, 192)
     # position (row 2, column 5) of z is the adapter's output at token 2 * 6 + 5
-    assert torch.allclose(z[1, :, 2, 5], tok.adapter(tokens[1, 17]), atol=1e-6)
+    hidden = tok.adapter.fc1(tokens[1, 17])
+    by_hand = tok.adapter.fc2(hidden * 0.5 * (1 + torch.erf(hidden / 2 ** 0.5)))
+    assert torch.allclose(z[1, :, 2, 5], by_hand, atol=1e-6) and len(hidden) == 16
+    assert Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]).adapter.fc1.out_features == 192
     assert torch.equal(tok.encode(x), z) and torch.equal(tok.decode(z), recon)
     assert "divisible by 16" in error_of(tok.encode, torch.zeros(1, 3, 64, 72), kind=ValueError)
 
@@ -443,12 +574,24 @@ def test_tokenizer():
     assert torch.allclose(tok.normalize(z), (z - torch.arange(24.0).view(-1, 1, 1)) / 2)
     assert torch.allclose(tok.unnormalize(tok.normalize(z)), z, atol=1e-5)
 
-    seen = []
+    seen, x = [], x[:1, :, :32, :48]
     tok.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    tok.encode(torch.zeros(1, 3, 32, 48))
-    assert seen[0].shape == (1, 3, 28, 42)  # 14/16 of the size
-    grey = torch.tensor([.0655, .1964, .4178])  # (.5 - mean) / std
-    assert torch.allclose(seen[0][0, :, 3, 3], grey, atol=1e-4)
+    tok.encode(x)
+    statistics = zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, of [0, 1]
+    for k, (mean, std) in enumerate(statistics):
+        by_hand = pil_bicubic(((x[0, k] + 1) / 2).numpy(), 28, 42)  # 14/16 of the size
+        assert np.allclose(seen[0][0, k], (by_hand - mean) / std, atol=1e-4)
+
+
+def test_ema():
+    """decay * EMA + (1 - decay) * model, of what trains."""
+    ema, linear = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for p, value in zip((*ema.parameters(), *linear.parameters()), (1.0, 1.0, 5.0, 5.0)):
+        torch.nn.init.constant_(p, value)
+    linear.bias.requires_grad_(False)
+    model.update_ema(ema, linear, 0.75)
+    assert (ema.weight.item(), ema.bias.item()) == (2, 1) and ema.weight.grad_fn is None
+    assert (linear.weight.item(), linear.bias.item()) == (5, 5)
 
 
 def test_dit_output_is_zero_at_init():
@@ -484,8 +627,8 @@ def test_positions_against_loops():
 
 
 def plain_dit(S, z, t, y, heads):
-    """LightningDiT from its published description, patch 1, on a state dict in fp64; explicit
-    softmax, no modules."""
+    """LightningDiT from its published description, on a state dict in fp64; explicit softmax, no
+    modules."""
     def linear(name, x):
         return x @ S[f"{name}.weight"].T + S[f"{name}.bias"]
 
@@ -495,10 +638,13 @@ def plain_dit(S, z, t, y, heads):
     def silu(x):
         return x / (1 + torch.exp(-x))
 
-    B, _, h, w = z.shape
-    D = S["x_embedder.proj.bias"].numel()
+    kernel = S["x_embedder.proj.weight"]
+    (B, d, h, w), (D, _, p, _) = z.shape, kernel.shape
+    h, w = h // p, w // p
+    patches = list(np.ndindex(h, w))  # row by row
     cos, sin = (a.double() for a in model.rope_tables(h, w, D // heads))
-    x = z.flatten(2).transpose(1, 2) @ S["x_embedder.proj.weight"].flatten(1).T
+    x = torch.stack([(z[:, None, :, p * r:p * r + p, p * c:p * c + p] * kernel).sum((2, 3, 4))
+                     for r, c in patches], 1)  # (B, N, D)
     x = x + S["x_embedder.proj.bias"] + model.sincos_embedding(h, w, D).double()
     angle = t[:, None] * 10000 ** (-torch.arange(128).double() / 128)
     c = linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], 1))
@@ -519,18 +665,30 @@ def plain_dit(S, z, t, y, heads):
         i += 1
     shift, scale = linear("final_layer.adaLN_modulation.1", c).split(D, -1)
     x = norm("final_layer.norm_final", x) * (1 + scale) + shift
-    return linear("final_layer.linear", x).transpose(1, 2).reshape(z.shape)
+    out, v = linear("final_layer.linear", x), torch.zeros_like(z)
+    for n, (r, c) in enumerate(patches):  # a token's numbers: row, column, channel
+        for k, (i, j, channel) in enumerate(np.ndindex(p, p, d)):
+            v[:, channel, p * r + i, p * c + j] = out[:, n, k]
+    return v
 
 
 def test_dit_numerics():
-    """LightningDiT against the plain one, at its own grid and at another."""
-    dit = random_weights(small_dit(num_classes=10, qk_norm=True))
-    S = {k: v.double() for k, v in dit.state_dict().items()}
-    for side in ((4, 4), (3, 5)):
-        z, t, y = torch.randn(3, 4, *side), torch.rand(3), torch.tensor([0, 7, 10])
-        with torch.no_grad():
-            got, want = dit(z, t, y), plain_dit(S, z.double(), t.double(), y, heads=2)
-        assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    """LightningDiT against the plain one, at its own grid and at others; RMSNorm's epsilon, and
+    that it computes in fp32."""
+    for side, sides in ((1, ((4, 4), (3, 5))), (2, ((4, 4), (2, 8)))):
+        dit = random_weights(small_dit(num_classes=10, qk_norm=True, patch=side))
+        S = {k: v.double() for k, v in dit.state_dict().items()}
+        assert S["pos_embed"].shape == (1, 16 // side ** 2, 32)
+        for size in sides:
+            z, t, y = torch.randn(3, 4, *size), torch.rand(3), torch.tensor([0, 7, 10])
+            with torch.no_grad():
+                got, want = dit(z, t, y), plain_dit(S, z.double(), t.double(), y, heads=2)
+            assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+    tiny, norm = 1e-3 * torch.randn(5, 64), random_weights(model.RMSNorm(64))
+    for x in (tiny, tiny.bfloat16()):
+        unit = x.float() / (x.float().square().mean(1, keepdim=True) + 1e-6).sqrt()
+        assert torch.allclose(norm(x), unit.to(x.dtype) * norm.weight, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------- mmdit.py
@@ -622,12 +780,13 @@ def test_mmdit_against_numpy():
     w = {k: v.double().numpy() for k, v in net.state_dict().items()}
     z, t = torch.randn(2, 3, 4, 6), torch.tensor([0.3, 1.0])
     y = torch.randn(2, 4, 5), torch.randn(2, 7)
+    rows = torch.cat([y[0].flatten(1), y[1]], dim=1)
     with torch.no_grad():
-        found = net(z, t, y)
+        found = net(z, t, rows)
     for i in range(2):
         v = plain_mmdit(w, *(x[i].double().numpy() for x in (z, t, *y)), heads=2, axes=(4, 6, 6))
         assert np.abs(found[i].numpy() - v).max() < 1e-4 * np.abs(v).max()
-    assert "latents of 3 channels" in error_of(net, z[:, :2], t, y, kind=ValueError)
+    assert "latents of 3 channels" in error_of(net, z[:, :2], t, rows, kind=ValueError)
     assert "heads of 15" in error_of(MMDiT, 30, 1, 1, (4, 6, 5), kind=ValueError)
 
 
@@ -639,20 +798,30 @@ def test_mmdit_sizes():
     assert parameters(flux) == 11_891_178_560 and len(flux.state_dict()) == 776
     assert sizes == {"tiny": 6_031_392, "B": 162_224_160, "L": 662_411_296, "2B": 1_971_940_384}
     net = MMDiT(**SMALL_MMDIT)
-    y = torch.randn(2, 4, 5), torch.randn(2, 7)
-    assert not net(torch.randn(2, 3, 4, 4), torch.rand(2), y).any()
+    assert not net(torch.randn(2, 3, 4, 4), torch.rand(2), torch.randn(2, 4 * 5 + 7)).any()
     close(mmdit.time_shift(256), math.exp(0.5))
     close(mmdit.time_shift(4096), math.exp(1.15))
 
 
 # ---------------------------------------------------------------------------------------- losses.py
 
+class Perceptual(torch.nn.Module):
+    """In LPIPS' place. Like it, it sends gradients to its second image alone."""
+
+    def forward(self, x, y):
+        return 3 * (x.detach() - y).mean((1, 2, 3)).square()
+
+
 def test_reconstruction_loss():
     """Eq. 1 without its GAN term: means, and L_perceptual by w_p."""
     x, recon = torch.zeros(2, 3, 2, 2), torch.full((2, 3, 2, 2), 0.5)
     recon[0] = -1
-    found = losses.reconstruction_loss(x, recon, lambda *_: torch.tensor([1.0, 3.0]), w_p=0.25)
-    assert found == (0.75 + 0.25 * 2, 0.75, 2)
+    recon.requires_grad_(True)
+    found = losses.reconstruction_loss(x, recon, Perceptual(), w_p=0.25)
+    perceptual = 3 * (1 + 0.25) / 2
+    assert found == (0.75 + 0.25 * perceptual, 0.75, perceptual)
+    found[2].backward()
+    assert recon.grad.any()
     assert losses.reconstruction_loss(x, recon, None, 0) == (0.75, 0.75, 0)
 
 
@@ -666,6 +835,7 @@ def test_gan_losses():
     rec = (w * torch.tensor([3.0, 4.0])).sum()  # its gradient has norm 5, that of 0.5 w[0] .5
     weight = losses.adaptive_weight(rec, 0.5 * w[0], w)
     assert abs(weight.item() - 5 / (0.5 + 1e-4)) < 1e-5 and not weight.requires_grad
+    assert abs(losses.adaptive_weight(0.5 * w[0], rec, w).item() - 0.5 / (5 + 1e-4)) < 1e-6
     assert losses.adaptive_weight(w.sum() * 1e9, 0 * w.sum(), w).item() == 1e4
     assert losses.adaptive_weight(w.sum() * 1e9, 0 * w.sum(), w, limit=1e8).item() == 1e8
     line = losses.linearised((w ** 3).sum(), w)  # gradient 3 w^2
@@ -680,6 +850,9 @@ def test_semantic_preservation():
     loss.backward()
     assert loss.item() == 2.5 and z.grad.flatten().tolist() == [1, -2] and ref.grad is None
     assert losses.semantic_preservation(z, ref, "cosine").item() == 1
+    a, b = torch.randn(2, 2, 5, 3, 4)
+    by_hand = 1 - ((a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)).mean()
+    assert torch.allclose(losses.semantic_preservation(a, b, "cosine"), by_hand)
     tokens = torch.randn(2, 5, 8)
     cosine = losses.semantic_preservation(tokens, 3 * tokens, "cosine", dim=-1)
     assert abs(cosine.item()) < 1e-6
@@ -688,9 +861,10 @@ def test_semantic_preservation():
 def test_flow_matching():
     """The direction of time, the target z1 - z0, both losses, a finite first gradient, t."""
     (z0, z1), t = torch.randn(2, 4, 6, 2, 2), torch.tensor([0.0, 1.0, 0.25, 0.5])
-    y, seen, answer = torch.zeros(4, dtype=torch.long), [], z1 - z0  # from data to noise
+    y, seen, answer = torch.arange(4), [], z1 - z0  # from data to noise
 
-    def network(z_t, t, y):
+    def network(z_t, *condition):
+        assert same(condition, (t, y)) is None
         seen.append(z_t)
         return answer
 
@@ -699,13 +873,14 @@ def test_flow_matching():
     assert torch.equal(seen[0][0], z0[0])  # t = 0: data
     assert torch.equal(seen[0][1], z1[1])  # t = 1: noise
     assert torch.allclose(seen[0][2], 0.75 * z0[2] + 0.25 * z1[2])
-    answer = 3 * (z0 - z1)  # opposite: 1 - cos = 2, and 4^2 times the energy of u
-    loss, mse, cosine = losses.flow_matching(network, z0, z1, t, y, w_cos=0.5)
-    energy = (z1 - z0).square().mean((1, 2, 3))
-    assert torch.allclose(mse, 16 * energy) and abs(cosine - 2) < 1e-5
-    assert abs(loss - 16 * energy.mean() - 1) < 1e-4
+    answer, u = torch.randn_like(z0), z1 - z0
+    found = losses.flow_matching(network, z0, z1, t, y, w_cos=0.5)
+    mse = (answer - u).square().mean((1, 2, 3))
+    cosine = 1 - ((answer * u).sum(1) / answer.norm(dim=1) / u.norm(dim=1)).mean()
+    for a, b in zip(found, (mse.mean() + 0.5 * cosine, mse, cosine)):
+        assert torch.allclose(a, b, rtol=1e-5)
 
-    dit = small_dit(d=6, num_classes=1, grid=(2, 2))  # v = 0: the cosine has no direction
+    dit = small_dit(d=6, num_classes=4, grid=(2, 2))  # v = 0: the cosine has no direction
     losses.flow_matching(dit, z0, z1, t, y, w_cos=1.0)[0].backward()
     trained = [p for p in dit.parameters() if p.requires_grad]
     assert 0 < torch.nn.utils.clip_grad_norm_(trained, 1.0) < 1e3
@@ -715,12 +890,15 @@ def test_flow_matching():
 
 def test_lpips():
     """Random VGG16 and heads from two files: an independent sum, zero for equal images, finite
-    gradients where features vanish."""
+    gradients where features all but vanish."""
     vgg = torchvision.models.vgg16().features[:30].eval()
+    for conv in vgg:
+        if hasattr(conv, "bias"):  # zero, they would hide the input's scale: the features have norm 1
+            torch.nn.init.normal_(conv.bias, std=0.1)
     heads = [torch.rand(1, c, 1, 1) for c in (64, 128, 256, 512, 512)]
     paths = TMP / "vgg.pth", TMP / "heads.pth"
-    torch.save({f"features.{k}": v for k, v in vgg.state_dict().items()}, paths[0])
-    torch.save({f"lin{i}.model.1.weight": v for i, v in enumerate(heads)}, paths[1])
+    torch.save({"state_dict": prefixed("module.features.", vgg.state_dict())}, paths[0])
+    torch.save({"model": {f"lin{i}.model.1.weight": v for i, v in enumerate(heads)}}, paths[1])
     lpips, path = files.load_lpips(*paths)
     assert path == paths[0]
 
@@ -738,12 +916,30 @@ def test_lpips():
 
     flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
     with torch.no_grad():
-        lpips.vgg16[0].bias.fill_(-100)  # relu1_2 sees nothing
+        lpips.vgg16[2].weight.zero_()
+        lpips.vgg16[2].bias.fill_(1e-25)  # whose square, in relu1_2's norm, is 0
     lpips(torch.zeros(1, 3, 32, 32), flat).sum().backward()
     assert flat.grad.isfinite().all() and not any(p.requires_grad for p in lpips.parameters())
     assert not lpips.train().training
     torch.save({"lin0.model.1.weight": heads[0]}, paths[1])
     assert "heads.pth does not fit" in error_of(files.load_lpips, *paths)
+
+
+def test_patchgan():
+    """The discriminator from its published description: LeakyReLU .2, and BatchNorm over the batch
+    behind the middle three of five 4 x 4 convolutions."""
+    net, x = random_weights(losses.PatchGAN(16)).train(), torch.randn(2, 3, 64, 64)
+    S, y = dict(net.named_parameters()), x
+    for i, stride in ((0, 2), (2, 2), (5, 2), (8, 1), (11, 1)):
+        y = F.conv2d(y, S[f"main.{i}.weight"], S.get(f"main.{i}.bias"), stride, padding=1)
+        if i in (2, 5, 8):
+            y = y - y.mean((0, 2, 3), keepdim=True)
+            y = y / (y.square().mean((0, 2, 3), keepdim=True) + 1e-5).sqrt()
+            weight, bias = (S[f"main.{i + 1}.{k}"].view(-1, 1, 1) for k in ("weight", "bias"))
+            y = y * weight + bias
+        if i < 11:
+            y = torch.where(y > 0, y, 0.2 * y)
+    assert torch.allclose(net(x), y, atol=1e-4 * y.abs().max().item())
 
 
 # ------------------------------------------------------------------------------------------ data.py
@@ -760,8 +956,6 @@ def test_images():
         loaded = data.load_image(TMP / f"m.{suffix}")
         assert loaded.mode == "RGB" and loaded.size == (30, 20), mode
         assert mode not in ("RGB", "RGBA") or np.array_equal(loaded, rgb)
-    Image.fromarray(np.full((4, 4), 257 * 100, np.uint16)).save(TMP / "m.png")
-    assert np.array(data.load_image(TMP / "m.png")).max() == 100
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(TMP / "m.png")
     assert np.array(data.load_image(TMP / "m.png")).min() == 255
     exif = Image.Exif()
@@ -777,6 +971,60 @@ def test_images():
     assert torch.equal(corner, torch.tensor([200, 100, 50.0]) / 127.5 - 1)
     levels = torch.arange(256).byte().view(1, 1, 16, 16).expand(1, 3, -1, -1)
     assert np.array_equal(data.to_uint8(data.to_tensor(levels))[0, ..., 0], levels[0, 0])
+    between = torch.tensor([-0.6, 7.4, 7.6, 255.6]).view(1, 1, 2, 2).expand(1, 3, 2, 2)
+    assert data.to_uint8(between / 127.5 - 1)[0, ..., 0].flatten().tolist() == [0, 7, 8, 255]
+
+
+def tiff_12(pixels):
+    """A TIFF file of 12 bits a pixel, by hand: two pixels in three bytes."""
+    pairs = zip(pixels.flat[::2], pixels.flat[1::2])
+    content = b"".join((int(a) << 12 | int(b)).to_bytes(3, "big") for a, b in pairs)
+    (h, w), at = pixels.shape, 8 + 2 + 9 * 12 + 4
+    tags = {256: w, 257: h, 258: 12, 259: 1, 262: 1, 273: at, 277: 1, 278: h, 279: len(content)}
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0\x08\0\0\0\x09\0" + table + bytes(4) + content
+
+
+def test_more_than_8_bits():
+    """White is 1 of floats, 65535 of 16 bits, 4095 where a TIFF says 12 bits. What would come out
+    black, or white, is refused: 12 bits in 16, other floats, 32 bits."""
+    ramp = np.array([[0, 0.25], [0.5, 1]])
+
+    def load(values, suffix="tif"):
+        path = TMP / f"deep.{suffix}"
+        if isinstance(values, bytes):
+            path.write_bytes(values)
+        else:
+            Image.fromarray(values).save(path)
+        return np.array(load_both_ways(path))[..., 0].tolist()
+
+    want = (255 * ramp).astype(int).tolist()
+    half = [[0, 64], [128, 255]]  # rounded, as floats are
+    assert load(ramp.astype(np.float32)) == half
+    for suffix in ("tif", "png"):
+        assert load((65535 * ramp).astype(np.uint16), suffix) == want
+        assert load(np.uint16([[0, 4096]]), suffix) == [[0, 15]]
+        assert load(np.zeros((2, 2), np.uint16), suffix) == [[0, 0], [0, 0]]
+        with refused("deep", "at most 12 bits"):
+            load((4095 * ramp).astype(np.uint16), suffix)
+    assert load((65535 * ramp).astype(np.int32)) == want
+    assert load(tiff_12((4095 * ramp).astype(int))) == want
+    pgm = b"P5 2 2 4095 " + (4095 * ramp).astype(">u2").tobytes()
+    assert load(pgm, "pgm") == want  # its header says what white is
+    for wrong in (255 * ramp, ramp - 0.1, ramp * np.nan):
+        with refused("deep.tif", "floats from", "[0, 1]"):
+            load(wrong.astype(np.float32))
+    for wrong in ([[0, 65536]], [[-1, 5]]):
+        with refused("deep.tif", "integers from"):
+            load(np.int32(wrong))
+    for white, expected in ((65535, 255), (4095, None)):  # colours: by hand, PIL does not write them
+        rows = b"".join(b"\0" + struct.pack(">3H", white, 0, white) for _ in range(2))
+        png = png_of(1, 2, rows, depth=16)
+        if expected:
+            assert load(png, "png") == [[255], [255]]
+        else:
+            with refused("deep.png", "at most 12 bits"):
+                load(png, "png")
 
 
 def test_crops():
@@ -787,6 +1035,13 @@ def test_crops():
     halved = big.resize((65, 35), Image.BOX).resize((32, 17), Image.BOX)
     by_hand = np.array(halved.resize((30, 16), Image.BICUBIC))[:, 7:23]
     assert np.array_equal(data.center_crop(big, 16), by_hand)
+    for (w, h), size, resized, (left, top) in (  # ADM's rounding
+            ((64, 64), 32, (32, 32), (0, 0)), ((49, 33), 20, (30, 20), (5, 0)),
+            ((33, 48), 20, (20, 29), (0, 4)), ((20, 27), 20, (20, 27), (0, 3))):
+        part = big.crop((0, 0, w, h))
+        by_hand = part.resize(resized, Image.BOX if w == 64 else Image.BICUBIC)
+        by_hand = by_hand.crop((left, top, left + size, top + size))
+        assert np.array_equal(data.center_crop(part, size), by_hand), (w, h)
 
     big = big.resize((120, 70), Image.BICUBIC)
     for mode, options in (("RGB", {}), ("RGB", {"subsampling": 0, "progressive": True}),
@@ -806,31 +1061,144 @@ def test_crops():
         assert off[found] <= 2
         seen.add(found)
     assert len({left for left, _ in seen}) > 8 and len({flip for _, flip in seen}) == 2
+    tall = torch.arange(10).byte().view(1, 5, 2).expand(3, -1, -1)  # 4 squares, as they are
+    crops = [data.random_crop(tall, 2, data.rng(i)) for i in range(400)]
+    tops = np.array([int(crop.min()) // 2 for crop in crops])
+    flips = np.array([bool(crop[0, 0, 0] > crop[0, 0, 1]) for crop in crops])
+    assert all(70 < (tops == top).sum() < 130 for top in range(4)) and 160 < flips.sum() < 240
+    assert all(torch.equal(crop[0] if not flip else crop[0].flip(1), tall[0, top:top + 2])
+               for crop, top, flip in zip(crops, tops, flips))
+
+
+def files_in(root, *names):
+    """Files of these names below a folder, images all of them; a name that ends in / is a folder."""
+    for name in names:
+        path = root / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            Image.new("RGB", (20, 20)).save(path, "PNG")
+    return root
+
+
+def opened(*args):
+    """What open_folders returns, and what it says."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        parts = data.open_folders(*args)
+    return *parts, said.getvalue()
+
+
+def names(images):
+    return [images.name(i).decode() for i in range(len(images))]
 
 
 def test_folders():
-    """Classes and labels of a folder; what is held out; the reader's mistakes, by name."""
-    root = TMP / "folders"
-    for name in ("b/2.png", "a/1.png", "a/deep/3.PNG", ".hidden.png"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20)).save(root / name, "PNG")
+    """Classes and labels of a folder, by its sorted names; the reader's mistakes, by name."""
+    root = files_in(TMP / "folders", "b/2.png", "a/1.png", "a/deep/3.PNG", "a-b/1.jfif", ".x.png",
+                    "c/", "a/._1.png", "a/x.txt", "a/README", "b/y.txt", ".ipynb_checkpoints/1.png",
+                    "__MACOSX/1.png", "a/@eaDir/1.png", "lost+found/", "$RECYCLE.BIN/1.png")
     images = data.ImageFolder(root)
-    assert images.classes == ["a", "b"] and images.labels == [0, 0, 1] and len(images) == 3
-    assert data.ImageFolder(root / "a" / "deep").labels is None
-    train, held_out = data.open_folders(root, None, 10)
-    assert len(train) == 2 and len(held_out) == 1 and not set(train.files) & set(held_out.files)
-    train = write_shapes(TMP / "beside" / "train", 3)
-    write_shapes(TMP / "beside" / "val", 3)
-    assert [len(part) for part in data.open_folders(train, None, 1)] == [3, 3]
-    assert "different classes" in error_of(data.open_folders, train, root, 1)
+    assert images.classes == ["a", "a-b", "b", "c"]  # c is empty: no number moves
+    assert names(images) == ["a-b/1.jfif", "a/1.png", "a/deep/3.PNG", "b/2.png"]
+    assert images.labels.tolist() == [1, 0, 0, 2]
+    assert [data.Crops(images, 16)[0, i][1] for i in range(4)] == [1, 0, 0, 2]
+    for text in ("4 classes (a ... c), 4 images", "2 of .txt", "1 without suffix", "2 hidden",
+                 "5 hidden or system folders"):
+        assert text in str(images), (text, str(images))
+    listed = b"a-b/1.jfif\na/1.png\na/deep/3.PNG\nb/2.png"
+    assert images.identity == hashlib.sha256(listed).hexdigest()[:16]
+    flat = data.ImageFolder(root / "a" / "deep")
+    assert flat.labels is None and flat.path(0) == f"{root}/a/deep/3.PNG"
 
+    files_in(root, "cover.png", "none/")
+    with refused("cover.png", "beside class folders"):
+        data.open_folders(root, None, 10)
+    assert len(data.ImageFolder(root, ())) == 5, "figures need no classes"
+    parent = files_in(TMP / "parent", "Val/images/1.png", "train/a/1.png", "annotations/")
+    with refused("no classes", f"give --data {parent}/train"):
+        data.open_folders(parent, None, 10)
     assert "not found" in error_of(data.list_images, root / "nothing")
-    (root / "empty").mkdir()
-    assert "no images" in error_of(data.list_images, root / "empty")
-    (root / "a" / "1.png").write_bytes(b"not an image")
+    assert "no images" in error_of(data.list_images, root / "none")
+
+
+def test_held_out():
+    """5 % of the files, or a folder of the same classes, or of no classes; never other numbers."""
+    root = files_in(TMP / "5", *(f"{c}/{i}.png" for c in "ab" for i in range(30)), "c/1.png")
+    train, held_out, said = opened(root, None, 10)
+    assert len(held_out) == 3 and sorted(names(train) + names(held_out)) == names(data.ImageFolder(root))
+    assert {*held_out.classes, *train.classes} == {"a", "b", "c"} and "3 of them" in said
+    for part in (train, held_out):
+        assert [part.classes[c] for c in part.labels] == [name[0] for name in names(part)]
+    one = files_in(TMP / "one", *(f"{c}/1.png" for c in "abcd"))
+    train, held_out, said = opened(one, None, 10)
+    lost, = set("abcd") - {name[0] for name in names(train)}
+    assert f"no training image in 1 of the classes: {lost}" in said
+    assert ["abcd"[c] for c in train.labels] == [name[0] for name in names(train)]
+
+    beside = files_in(TMP / "beside", "train/a/1.png", "train/b/1.png", "val/b/9.png", "val/b/8.png")
+    train, held_out, said = opened(beside / "train", None, 1)
+    assert (len(train), held_out.labels.tolist()) == (2, [1, 1]) and "NOTE" not in said
+    files_in(beside, "val/c/1.png")
+    with refused("c is no class of the training images"):
+        data.open_folders(beside / "train", None, 1)
+    tiny = files_in(TMP / "tiny", "train/n01/images/1.png", "val/images/1.png")
+    (tiny / "val" / "val_annotations.txt").write_text("1.png\tn01")
+    train, held_out, said = opened(tiny / "train", None, 1)
+    assert held_out.labels is None and len(held_out) == 1 and train.classes == ["n01"]
+    assert "NOTE" in said and "without labels" in said and "probe is left out" in said
+    with refused("images is no class"):  # asked for by name
+        data.open_folders(tiny / "train", tiny / "val", 1)
+    assert opened(tiny / "train", tiny / "val" / "images", 1)[1].labels is None
+
+
+def test_many_files():
+    """The names of n images take their bytes and 12 more each: no str, whose count of references a
+    loader's worker would change, and copy the memory."""
+    root, n = TMP / "many", 3000
+    (root / "n01440764").mkdir(parents=True)
+    for i in range(n):
+        (root / "n01440764" / f"n01440764_{i:05d}.JPEG").touch()
+    tracemalloc.start()
+    images = data.ImageFolder(root)
+    part = images.subset(np.arange(1, n))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    name = "n01440764/n01440764_00000.JPEG"
+    assert used / n < len(name) + 1 + 2 * 12 + 8, used / n  # 8: the rest, of any n
+    assert images.path(0) == f"{root}/{name}" and part.path(0) == images.path(1)
+
+
+def test_unreadable():
+    """A broken image is named before its batch. --check-data names all of them in a file;
+    --skip-unreadable goes on without them, the same way again, if they are at most 1 %."""
+    root = files_in(TMP / "broken", *(f"{c}/{i}.png" for c in "ab" for i in range(101)))
+    good, _, _ = opened(root, root, 1)
+    for name in ("a/0.png", "b/7.png"):
+        (root / name).write_bytes(b"not an image")
+    images, held_out, _ = opened(root, root, 1)
     batches = data.batches(data.Crops(images, 16), data.in_order(3, 3), 0, CPU)
-    assert "1.png" in error_of(next, batches)
-    assert "1 unreadable" in error_of(data.check_images, [images], 16, 0)
+    assert "a/0.png" in error_of(next, batches)
+
+    (TMP / "check").mkdir()
+    args = SimpleNamespace(out=TMP / "check", size=16, workers=0, check_data=True,
+                           skip_unreadable=False, overwrite=False)
+    record = TMP / "check" / "unreadable.json"
+    with refused("2 of 202 images", str(record), "a/0.png", "--skip-unreadable"):
+        data.check_images([images, held_out], args)
+    assert list(json.loads(record.read_text())[images.identity]) == ["a/0.png", "b/7.png"]
+    args.check_data, args.skip_unreadable = False, True
+    with patch.object(data, "unreadable", None):  # the file serves
+        left, same_left = data.check_images([images, held_out], args)
+    assert names(left) == names(same_left) == [
+        name for name in names(images) if name not in ("a/0.png", "b/7.png")]
+    assert left.labels.tolist() == [0] * 100 + [1] * 100 and left.classes == ["a", "b"]
+    record.unlink()
+    args.workers = 2
+    again, = data.check_images([good], args)
+    assert again.identity == left.identity != images.identity
+    record.unlink()
+    (root / "b" / "8.png").write_bytes(b"")
+    with refused("3 of 202 images", "more than 1 %"):
+        data.check_images([images], args)
 
 
 def test_order():
@@ -852,12 +1220,21 @@ def test_order():
     assert list(chain(*chain(*zip(*ranks)))) == whole
     assert list(chain(*stream(2, first_step=3))) == whole[12:]
 
+    keys = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 1), (0, "b", 1), (0, 1)]
+    assert len({data.rng(*key).integers(2 ** 62) for key in keys}) == len(keys)
     crops = data.Crops(Shapes(n=8), 48, (0, "augment"), noise=(4, 50, 50))
     first, again, other = ([crops[epoch, i] for i in range(8)] for epoch in (0, 0, 1))
     assert same(first, again) is None
     pixels, _, noise = (torch.stack(list(map(torch.as_tensor, part))) for part in zip(*first))
     assert not torch.equal(pixels, torch.stack([item[0] for item in other]))
     assert not torch.equal(noise, torch.stack([item[2] for item in other]))
+    assert not torch.equal(noise[0], noise[1]) and crops[0, 5][1] == 5
+    of_crop = data.rng(0, "augment", 0, 3).standard_normal((4, 50, 50), np.float32)
+    assert not np.array_equal(noise[3], of_crop)
+    crops.data.pixels = lambda i: torch.arange(300).byte().expand(3, 48, -1)  # the same
+    assert len({crops[0, i][0][0, 0, 0].item() for i in range(8)}) > 4
+    centred = data.Crops(Shapes(n=8), 48)[0, 5][0]
+    assert torch.equal(centred, data.to_pixels(data.center_crop(Shapes(n=8).image(5), 48)))
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
 
 
@@ -880,6 +1257,43 @@ def test_shapes():
     assert not np.array_equal(shapes.image(5), Shapes("val").image(5))
     same_class = [np.asarray(shapes.image(i), float).mean((0, 1)) for i in (0, 12, 24, 36)]
     assert np.ptp(same_class, axis=0).max() > 20
+    assert [part.split for part in toy.open_shapes(None, 64, 5)] == ["train", "val"]
+    assert set(shapes.labels) == set(range(12))
+    with patch.object(Shapes, "_texture", lambda self, r, a, b: np.ones((64, 64, 1)) * a):
+        grounds = {tuple(shapes._draw(i)[0, 0]) for i in range(48)}
+        assert len(grounds) == 48, "of any colour, whatever the class"
+        for i in range(48):  # in flat colours: the lighter part is the shape, as its class says
+            light = shapes._draw(i).astype(float).sum(2)
+            light = light > (light.min() + light.max()) / 2
+            rows, columns = (np.flatnonzero(light.any(axis)) for axis in (1, 0))
+            box = light[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+            h, w = box.shape
+            name = shapes.classes[shapes.labels[i]]
+            assert not light[0, 0] and name not in ("ring", "frame") or not box[h // 2, w // 2]
+            assert name not in ("circle", "square", "cross", "heart") or box[h // 2, w // 2]
+            assert name != "triangle" or box[h // 4].sum() < box[3 * h // 4].sum(), "upright"
+
+
+class Stripes:
+    """Rows or columns, in red or in blue: four classes."""
+    classes, labels = list("abcd"), [i % 4 for i in range(64)]
+
+    def __len__(self):
+        return 64
+
+    def pixels(self, i):
+        pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        pixels[i % 2 * 2] = 250 * (torch.arange(32) // 8 % 2)
+        return pixels if i % 4 < 2 else pixels.transpose(1, 2)
+
+
+def test_stand_in_pretraining():
+    """It learns forms and not colours: of two forms in two colours the cross-entropy goes from
+    log 4 = 1.39 to log 2 = 0.69."""
+    args = SimpleNamespace(seed=2, size=32, pretrain_steps=25, workers=0, dtype="fp32")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        toy.pretrain_encoder(DINOv2(dim=64, depth=1, grid=2), Stripes(), args, CPU)
+    assert 0.5 < float(said.getvalue().split("loss ")[1].split(",")[0]) < 1
 
 
 def test_captions_of_shapes():
@@ -940,17 +1354,17 @@ def test_vae():
     reference = small_tokenizer().encoder
     s = SimpleNamespace(tokenizer=vae, ddp_tokenizer=vae, reference=reference)
     args = SimpleNamespace(w_kl=0.5, w_vf=0.1, vf_margins=(0.5, 0.25))
-    recon, terms = baselines.objective(s, args, x, noise)
-    vf = baselines.vf_loss(z_proj, reference.features(x), 0.5, 0.25)
+    _, recon, terms = baselines.objective(s, args, x, noise)
+    vf = losses.vf_loss(z_proj, reference.features(x), 0.5, 0.25)
     # a sum over an image's values beside a mean; L_rec's gradient is taken at the encoder's end
-    expected = {"kl": (0.5 / (3 * 32 * 48), baselines.kl_divergence(moments)),
+    expected = {"kl": (0.5 / (3 * 32 * 48), losses.kl_divergence(moments)),
                 "vf": (0.1, vf, vae.encoder.conv_out.weight, 1e8)}
     assert same(terms, expected) is None
 
     path = TMP / "official.pt"
     state = {k: v for k, v in vae.state_dict().items() if not k.startswith("latent_")}
     state |= {f"{k}.weight": torch.zeros(1) for k in ("loss.d", "foundation_model.x")}
-    for content in ({"state_dict": state}, state):
+    for content in ({"state_dict": state}, prefixed("module.", state), {"model": state}, state):
         save_checkpoint(path, content)
         again = load_tokenizer(path, VAE).requires_grad_(False)
         assert torch.equal(again.encode(x), mean) and torch.equal(again.decode(z), vae.decode(z))
@@ -958,22 +1372,463 @@ def test_vae():
         assert "latent statistics" in error_of(again.normalize, z, kind=ValueError)
         assert "--latent-stats" in error_of(files.require_statistics, again, path)
     assert "not a tokenizer" in error_of(load_tokenizer, path)  # no system was named that knows it
+    vae.quant_conv.bias[8:10] = torch.tensor([99.0, -99.0])  # log-variances beyond their clamp
+    with patch.object(vae, "decode", lambda z: z):
+        z, moments, _ = vae(x, 1e6 * noise)
+    std = (moments[:, 8:].clamp(-30, 20) / 2).exp()
+    assert torch.allclose(z, moments[:, :8] + std * 1e6 * noise)
     del state["quant_conv.bias"]
     save_checkpoint(path, state)
     assert "quant_conv.bias" in error_of(load_tokenizer, path, VAE)
 
 
 def test_baseline_losses():
-    """KL of two dimensions (a log-variance is clamped to 20), and the VF loss of two tokens."""
+    """KL of two dimensions (a log-variance is clamped to [-30, 20]), and the VF loss of two tokens.
+    """
     moments = torch.tensor([1.0, -2.0, math.log(4), 99.0]).view(1, 4, 1, 1)
     expected = 0.5 * (1 + 4 - 1 - math.log(4)) + 0.5 * (4 + math.exp(20) - 1 - 20)
-    assert math.isclose(baselines.kl_divergence(moments).item(), expected, rel_tol=1e-6)
+    least = losses.kl_divergence(torch.tensor([0.0, -99.0]).view(1, 2, 1, 1)).item()
+    assert math.isclose(least, 0.5 * (math.exp(-30) - 1 + 30), rel_tol=1e-6)
+    assert math.isclose(losses.kl_divergence(moments).item(), expected, rel_tol=1e-6)
     z = torch.tensor([[3.0, 3.0], [0.0, 0.0]]).view(1, 2, 1, 2)  # the tokens (3, 0) and (3, 0)
     f = torch.tensor([[[2.0, 0.0], [0.0, 5.0]]])
     # cosines 1 and 0: relu(.5 - cos) has the mean .25; S(z') is 1 everywhere, S(F) 0 off the
     # diagonal: .75 / 2
-    assert math.isclose(baselines.vf_loss(z, f).item(), 0.25 + 0.375, rel_tol=1e-6)
-    assert math.isclose(baselines.vf_loss(z, f, 0, 0).item(), 0.5 + 0.5, rel_tol=1e-6)
+    assert math.isclose(losses.vf_loss(z, f).item(), 0.25 + 0.375, rel_tol=1e-6)
+    assert math.isclose(losses.vf_loss(z, f, 0, 0).item(), 0.5 + 0.5, rel_tol=1e-6)
+
+
+# --------------------------------------------------------------------------------------- vfm_vae.py
+
+FIXTURES = HERE.parent / "shared" / "fixtures"  # outputs of official code, where they are
+
+
+def fixture(name):
+    """The arrays of a fixture, as tensors: weights, inputs, outputs."""
+    if not FIXTURES.is_dir():
+        raise SkipTest(f"no {FIXTURES}")
+    with np.load(FIXTURES / f"{name}.npz") as f:
+        arrays = {k: torch.from_numpy(f[k]) for k in f}
+    return ({k[2:]: v for k, v in arrays.items() if k.startswith("w/")},
+            {k.split("/")[1]: v for k, v in arrays.items() if k.startswith(("in/", "draw/"))},
+            {k[4:]: v for k, v in arrays.items() if k.startswith("out/")})
+
+
+def equal(found, expected, names):
+    """Within 1e-5 of the largest value, or of 1."""
+    for name, tensor in found.items():
+        want = expected[names.get(name, name)]
+        off = (tensor.detach() - want).abs().max()
+        assert tensor.shape == want.shape and off <= 1e-5 * max(1, want.abs().max()), (name, off)
+
+
+def small_vfm(scale=2, foundation=None, **changed):
+    """A VFM-VAE with nothing zero that would hide a mistake, 64 px and more."""
+    torch.manual_seed(0)
+    synthesis = {"channels": (16, 16, 16, 16, 16, 8), "injections": (64, 12, 8, 8),
+                 "layers": (2, 3, 1, 2, 1, 2), "kernels": (5, 5, 7, 7, 7, 7),
+                 "attentions": (1, 2, 1, 0, 0, 0), "noise": 2}
+    foundation = foundation or {"siglip": {"dim": 64, "depth": 4, "grid": 8}}
+    return random_weights(vfm_vae.VFMVAE(foundation, **{
+        "synthesis": synthesis, "d": 8, "dim": 64, "layers": (0, 2, -1), "scale": scale,
+        "width": 16, "expansion": 32, "style": 32} | changed))
+
+
+def test_vfm_vae_sizes():
+    """The parts' parameters and the official keys, at the released size."""
+    with torch.device("meta"):
+        siglip = vfm_vae.SIGLIPS["siglip2-l16-512"]
+        sizes = vfm_vae.reading_sizes("paper", vfm_vae.SigLIP(**siglip))
+        assert (sizes["layers"], sizes["scale"]) == ((0, 12, -1), 2)
+        tok = vfm_vae.VFMVAE({"siglip": siglip}, **sizes)
+        d, vit = vfm_vae.MultiScalePatchGAN(), vfm_vae.ViT()
+    adapter, synthesis = tok.ldm_adapter, tok.synthesis
+    assert parameters(tok.vfm_encoder) == 316_742_656
+    assert parameters(tok.vfm_encoder.encoder["vision_model"].vision_model["head"]) == 12_595_200
+    parts = [adapter.patch_quants, adapter.final_quant, adapter.post_quant, adapter.linear_proj,
+             tok.mapping, *synthesis.z_convs, *synthesis.blocks]
+    assert [parameters(p) for p in parts] == [
+        9_740_352, 1_852_608, 1_907_328, 32_768, 525_312, 4_532_224, 609_280, 87_040, 284_416,
+        28_462_090, 30_043_402, 29_865_866, 23_565_194, 6_120_200, 2_142_600]
+    assert sum(p.numel() for p in tok.parameters() if p.requires_grad) == 139_770_680
+    assert (parameters(vit), len(vit.state_dict())) == (21_665_664, 150)
+    shapes = {k: list(v.shape) for k, v in tok.state_dict().items()}
+    for key in ("ldm_adapter.patch_quants.2.0.blocks.0.attn.zero_k_bias", "mapping.mlp.fc1.bias",
+                "synthesis.z_convs.3.2.1.bias", "synthesis.blocks.2.self_attns.1.attn.null_kv",
+                "synthesis.blocks.5.last_upsample_conv.blur_weight",
+                "synthesis.blocks.0.convs1.5.affine_pw1.proj.weight"):
+        assert key in shapes
+    assert shapes["synthesis.blocks.5.conv0.noise_const"] == [256, 256]
+    assert "scale0_layer1.1.weight" in d.state_dict() and d.scale2_layer3[0].bias is not None
+    if FIXTURES.is_dir():
+        for name, prefix in (("vfmvae", ""), ("siglip2", "vfm_encoder.encoder.vision_model.")):
+            lines = (FIXTURES / f"{name}_keys.txt").read_text().splitlines()
+            for key, _, shape in (line.partition("  ") for line in lines):
+                official = [int(n) for n in shape.split(",") if n.strip()]
+                assert shapes.pop(prefix + key) == official, key
+        assert set(shapes) == {"latent_mean", "latent_std", "ldm_adapter.linear_proj.weight"}
+
+
+def test_vfm_vae_official_outputs():
+    """Every array that the official code gave: encoder, projection, decoder, discriminator,
+    DiffAug; weights loaded strictly under their own names."""
+    state, given, out = fixture("siglip_vision")
+    siglip = vfm_vae.SigLIP(**vfm_vae.siglip_arguments(state) | {"heads": 4})
+    siglip.load_state_dict(state)
+    for size in ("", "_96", "_32x48"):
+        hidden = [siglip.embed(given["x" + size])]
+        for block in siglip.blocks:
+            hidden.append(block(hidden[-1]))
+        last = siglip.norm(hidden[-1])
+        found = {f"hidden{i}": x for i, x in enumerate(hidden)}
+        found |= {"last": last, "pooled": siglip.pool(last)}
+        expected = {k.removesuffix(size): v for k, v in out.items() if k.endswith(size)}
+        equal({k: v for k, v in found.items() if k in expected}, expected, {})
+
+    state, given, out = fixture("vfmvae_projection")
+    adapter = vfm_vae.LDMAdapter(64, 3, 16, 2, 8, 32, linear_proj=True)
+    adapter.load_state_dict(state)
+    features = [given[f"feat{i}"] for i in range(3)]
+    block = adapter.patch_quants[0][0].blocks[0]
+    moments = adapter.moments(features, 4, 4)
+    z = vfm_vae.sample(moments, given["noise"])
+    t, last_layer = adapter.expand(z), adapter.final_quant.blocks[0].mlp.w2.weight
+    pooled = F.adaptive_avg_pool2d(features[2].transpose(1, 2).view(2, 64, 8, 8), 4)
+    rec = (t - given["target"]).abs().mean()
+    vf = losses.vf_loss(adapter.linear_proj(z), pooled.flatten(2).transpose(1, 2), 0, 0)
+    norms = [torch.autograd.grad(f, last_layer, retain_graph=True)[0].norm() for f in (rec, vf)]
+    equal({"block0_attn": block.attn(block.norm1(features[0])), "block0": block(features[0]),
+           "moments": moments, "z": z, "decompressed": t, "kl": losses.kl_divergence(moments),
+           "vf_loss": vf, "rec": rec, "grad_rec_norm": norms[0], "grad_vf_norm": norms[1],
+           "adaptive_weight": losses.adaptive_weight(rec, vf, last_layer, 1e8)}, out, {})
+
+    state, given, out = fixture("vfmvae_decoder")
+    tok, seen = vfm_vae.load(state), []
+    for block in tok.synthesis.blocks:
+        block.register_forward_hook(lambda _, args, found: seen.append(found))
+    z = given["z"].requires_grad_()
+    t = tok.ldm_adapter.expand(z)
+    w = tok.mapping(t)
+    image, lower = tok.paint(z)
+    (image * given["cotangent"]).mean().backward()
+    found = {"decompressed": t, "w": w, "image": image, "grad_z": z.grad,
+             "style_block0_conv0": tok.synthesis.blocks[0].conv0.affine_pw1(w)}
+    found |= {f"multi{i}": rgb for i, rgb in enumerate(lower)}
+    for i in range(4):
+        found |= {f"x{i}": seen[i][0], f"xsum{i}": seen[i][1],
+                  f"zconv{i}": tok.synthesis.z_convs[i](t)}
+    assert found.keys() == out.keys()
+    equal(found, out, {})
+    assert (z.grad - out["grad_z"]).norm() < 1e-4 * out["grad_z"].norm()
+
+    state, given, out = fixture("vfmvae_discriminator")
+    d = vfm_vae.ProjectedDiscriminator({"dim": 24, "heads": 3}, augment=False, p_crop=0).eval()
+    d.load_state_dict(state)
+    x, large = (given[k] / 127.5 - 1 for k in ("x_u8", "x_large_u8"))
+    features, logits = d.features(x), d(x)
+    found = {f"feature{i}": f[:2, :, :24] for i, f in enumerate(features)}
+    found |= {"logits": logits, "logits_large": d(large), "g": -logits.mean(),
+              "head0_main_first24": d.heads[0].main(features[0][:2])[:, :, :24],
+              "d_real": F.relu(1 - logits).mean(), "d_fake": F.relu(1 + logits).mean(),
+              "logits_train": d.train()(x)}
+    after = {k: d.state_dict()[k.removeprefix("u_after_") + ".weight_u"]
+             for k in out if k.startswith("u_after")}
+    equal(found | after, out, {})
+
+    _, given, out = fixture("diffaug")
+    x = given["x"]
+    for name in ("brightness", "saturation", "contrast", "translation", "cutout"):
+        draws = [given[f"{name}{i}"] for i in (0, 1) if f"{name}{i}" in given]
+        if len(draws) == 2:
+            draws = [draw.flatten().long() for draw in draws]
+        x = getattr(vfm_vae, name)(x, *draws)
+        equal({name: x}, out, {name: f"after_{name}"})
+
+
+def test_vfm_vae_encodes():
+    """[-1, 1] at the border; which layers are read, doubled without antialias; mean and sample; the
+    projection's averaged heads, unshuffled tokens, order of layers."""
+    tok = small_vfm()
+    tower, x = tok.vfm_encoder.encoder["vision_model"], torch.rand(2, 3, 64, 128) * 2 - 1
+    doubled = F.interpolate((x + 1) / 2, scale_factor=2, mode="bilinear")
+    first = tower.embed(doubled * 2 - 1)
+    middle = tower.blocks[1](tower.blocks[0](first))
+    last = tower.norm(tower.blocks[3](tower.blocks[2](middle)))
+    tokens = tok.features(x)
+    assert torch.allclose(tokens, torch.cat([first, middle, last], 2), atol=1e-4)
+
+    block, y = tok.ldm_adapter.patch_quants[1][0].blocks[0], middle
+    y1, heads = block.norm1(y), []
+    bias = torch.cat([block.attn.q_bias, torch.zeros(64), block.attn.v_bias])
+    for qkv in zip(*(p.split(16, 2) for p in (y1 @ block.attn.qkv.weight.T + bias).split(64, 2))):
+        q, k, v = qkv
+        heads.append((q @ k.transpose(1, 2) / 4).softmax(2) @ v)
+    y = block.proj(block.norm3(y)) + block.attn.proj(sum(heads) / 4)
+    m, z = block.mlp, block.mlp.norm(block.norm2(y))
+    y = y + m.w2(F.gelu(m.w0(z), approximate="tanh") * m.w1(z))  # (2, 8*16, 16)
+    by_hand = torch.stack([y.view(2, 8, 16, 16)[:, dy::2, dx::2] for dy in (0, 1) for dx in (0, 1)],
+                          dim=-1).flatten(3)  # channel c, then dy, dx: (2, 4, 8, 64)
+    seen = []
+    tok.ldm_adapter.final_quant.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    mean = tok.encode(x)
+    assert torch.allclose(seen[0].view(2, 4, 8, 192)[..., 64:128], by_hand, atol=1e-4)
+    assert mean.shape == (2, 8, 4, 8)
+
+    moments, noise = tok.moments(tokens, 4, 8), torch.randn(2, 8, 4, 8)
+    z = moments[:, :8] + (moments[:, 8:] / 2).exp() * noise
+    assert torch.equal(mean, moments[:, :8]) and torch.equal(tok.adapt(tokens, 4, 8), mean)
+    assert torch.allclose(tok.encode(x, noise), z, atol=1e-5)
+
+    # DINOv2 by its layers: 14/16 or 28/16 of the size, cls and registers dropped
+    for scale in (0.875, 1.75):
+        tok = small_vfm(scale, {"dinov2": {"dim": 64, "depth": 2, "grid": 4, "registers": 4}},
+                        layers=(0, 1, -1))
+        dino = tok.vfm_encoder.encoder["vision_model"]
+        small = F.interpolate((x + 1) / 2, scale_factor=scale, mode="bicubic")
+        last = dino((small - dino.pixel_mean) / dino.pixel_std)[1]
+        assert torch.allclose(tok.features(x)[..., 128:], last, atol=1e-4)
+        assert tok.encode(x).shape == (2, 8, 4, 8)
+
+
+def test_vfm_vae_decodes():
+    """Modulation and demodulation of the weights, in loops; a ConvNeXt layer with its fixed noise;
+    where z enters; features, not RGB, are accumulated."""
+    conv, x, s = random_weights(vfm_vae.ModulatedConv(3, 4)), torch.randn(2, 3, 2, 5), torch.randn(2, 3)
+    rgb = random_weights(vfm_vae.ToRGB(3, 6))
+    style = torch.randn(2, 6)
+    a, b, c = (style @ rgb.affine.proj.weight.T / 6 ** 0.5 + rgb.affine.proj.bias).split(3, 1)
+    for net, found, scales, demodulate in (
+            (conv, conv(x, s), s, True), (rgb, rgb(x, style), (a * b + c) / 3 ** 0.5, False)):
+        for n in range(2):
+            for o, kernel in enumerate(net.weight[:, :, 0, 0]):
+                row = [kernel[i] * scales[n, i] for i in range(3)]
+                if demodulate:
+                    row = [v / (sum(u * u for u in row) + 1e-8).sqrt() for v in row]
+                by_hand = sum(v * x[n, i] for i, v in enumerate(row)) + net.bias[0, o, 0, 0]
+                assert torch.allclose(found[n, o], by_hand, atol=1e-5)
+
+    tok = small_vfm()
+    layer, x, w = tok.synthesis.blocks[2].conv0, torch.randn(1, 16, 4, 12), torch.randn(1, 32)
+    noise = F.interpolate(layer.noise_const[None, None], (4, 12), mode="bilinear")  # from 8 x 8
+    y = layer.dwconv(x) + layer.noise_strength * noise
+    y = F.group_norm(y, 4, layer.norm.weight, layer.norm.bias, 1e-5)
+    y = layer.pwconv2(F.gelu(layer.pwconv1(y, layer.affine_pw1(w))))
+    assert torch.allclose(layer(x, w), x + layer.gamma * y, atol=1e-5)
+
+    z, seen = torch.randn(1, 8, 4, 8), []
+    t = tok.ldm_adapter.post_quant(z.flatten(2).transpose(1, 2)).transpose(1, 2).view(1, 32, 4, 8)
+    g = t.mean((2, 3))
+    g = g / (g.square().mean().sqrt())
+    for fc in tok.mapping.mlp.values():
+        seen.append(0.01 * (g @ fc.weight.T / 32 ** 0.5 + fc.bias))
+        g = F.leaky_relu(seen[-1], 0.2)
+    w, seen = seen[-1], []
+    assert torch.allclose(tok.mapping(t), w, atol=1e-5)
+    for conv in tok.synthesis.z_convs:
+        conv.register_forward_hook(lambda _, args, out: seen.append(out))
+    image, lower = tok.paint(z)
+    assert [tuple(v.shape[1:]) for v in seen] == [(64, 1, 2), (12, 2, 4), (8, 4, 8), (8, 8, 16)]
+    assert [v.shape[3] for v in (image, *lower)] == [128, 64, 32, 16, 8, 4]
+    x, x_sum, images = torch.zeros(1, 0, 1, 2), None, []
+    for block, injected in zip(tok.synthesis.blocks, [*seen, None, None]):
+        x = x if injected is None else torch.cat([x, injected], 1)
+        x = block.seperate_upsample_conv(x)
+        for layer in (block.conv0, *block.convs1):
+            x = layer(x, w)
+        for layer in block.self_attns:
+            x = layer(x)
+        x_sum = x if x_sum is None else x + block.last_upsample_conv(x_sum)
+        images.append(block.torgb(x_sum, w))
+    assert torch.allclose(image, images[5], atol=1e-4) and torch.equal(tok.decode(z), image)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(lower, images[4::-1]))
+
+    up, x = random_weights(vfm_vae.UpsampleConv(8, 4, blur=3)), torch.randn(1, 8, 3, 3)
+    y = up.pointwise(up.depthwise(F.group_norm(x, 2, up.norm.weight, up.norm.bias)))
+    y = F.pad(F.pixel_shuffle(y, 2), (1, 1, 1, 1), mode="replicate")
+    by_hand = sum(a * b * y[:, :, i:i + 6, j:j + 6] / 16
+                  for i, a in enumerate((1, 2, 1)) for j, b in enumerate((1, 2, 1)))
+    assert torch.allclose(up(x), by_hand, atol=1e-5)
+    attn, x = random_weights(vfm_vae.NullAttention(16)), torch.randn(1, 16, 1, 2)
+    y = 4 * x / x.square().sum(1, keepdim=True).sqrt() * attn.norm.gamma
+    q, k, v = (torch.einsum("oc,cn->on", f.weight[:, :, 0, 0], y[0, :, 0]).view(8, 2, 2)
+               for f in (attn.to_q, attn.to_k, attn.to_v))  # (head, channel, position)
+    k, v = (torch.cat([null[:, :, None], p], 2) for null, p in zip(attn.null_kv, (k, v)))
+    weights = (torch.einsum("hcn,hcm->hnm", q, k) / 2 ** 0.5).softmax(2)
+    y = torch.einsum("hnm,hcm->hcn", weights, v).reshape(1, 16, 1, 2)
+    assert torch.allclose(attn(x), attn.to_out(y), atol=1e-5)
+
+
+def test_vfm_vae_equivariance():
+    """What each branch does to the image, the latent and the target; how often; which scales fit."""
+    tok = small_vfm()
+    x, noise = torch.rand(1, 3, 128, 128) * 2 - 1, torch.randn(1, 8, 8, 8)
+    z = tok.encode(x, noise)
+    recon, _, _, z_proj, last = tok(x, noise, 0.5, 1, False)
+    small = F.interpolate(z, scale_factor=0.5, mode="bilinear")
+    turned = torch.stack([small[:, :, 3 - j] for j in range(4)], 3)  # clockwise: rows to columns
+    assert torch.allclose(recon, tok.decode(turned), atol=1e-4) and recon.shape[2] == 64
+    assert torch.allclose(z_proj, tok.ldm_adapter.linear_proj(z)), "VF's z is untouched"
+    pooled = tok.features(x)[..., 128:].transpose(1, 2).view(1, 64, 16, 16)
+    pooled = F.adaptive_avg_pool2d(pooled, 8).flatten(2).transpose(1, 2)
+    assert torch.allclose(last, pooled, atol=1e-4)
+
+    shrunk = F.interpolate(x, (64, 64), mode="bilinear", antialias=True)
+    recon = tok(x, noise, 0.5, 0, True)[0]
+    assert torch.allclose(recon, tok.decode(tok.encode(shrunk, noise[..., :4, :4])), atol=1e-4)
+    target = vfm_vae.transformed(x, vfm_vae.Transform(0.5, 1, False), "bilinear")
+    assert torch.equal(target, torch.stack([shrunk[:, :, 63 - j] for j in range(64)], 3))
+
+    drawn = [vfm_vae.draw_transform(16, 16) for _ in range(4000)]
+    share = {t: drawn.count(t) / 4000 for t in set(drawn)}
+    for t, p in share.items():
+        expected = 0.5 / 16 if not t.prior else 0.125 / 3
+        if t == vfm_vae.Transform():
+            expected += 0.375
+        assert abs(p - expected) < 4 * (expected / 4000) ** 0.5, (t, p)
+    assert len(share) == 16 + 3 and all(not t.turns and t.scale < 1 for t in share if t.prior)
+    drawn = {vfm_vae.draw_transform(4, 4) for _ in range(200)}  # at 64 px nothing can shrink
+    assert drawn == {vfm_vae.Transform(1.0, turns) for turns in range(4)}
+
+
+def test_vfm_vae_discriminator():
+    """Spectral norm as torch's old one; local batch norm as one of each group; DINO frozen, and
+    transparent; DiffAug drawn for each image; the PatchGAN's scales."""
+    sn, conv = vfm_vae.SNConv1d(6, 4, 9), torch.nn.Conv1d(6, 4, 9, padding=4,
+                                                         padding_mode="circular")
+    theirs = torch.nn.utils.spectral_norm(conv)
+    theirs.load_state_dict(sn.state_dict())
+    x = torch.randn(2, 6, 12)
+    for mode in (True, True, False):
+        found, expected = sn.train(mode)(x), theirs.train(mode)(x)
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert torch.allclose(sn.weight_u, theirs.weight_u, atol=1e-5)
+    for net, out in ((sn, found), (theirs, expected)):
+        out.square().sum().backward()
+    assert torch.allclose(sn.weight_orig.grad, theirs.weight_orig.grad, atol=1e-3)
+
+    norm = random_weights(vfm_vae.BatchNormLocal(3))
+    for size, groups in ((4, 1), (8, 1), (16, 2), (18, 3)):
+        x = torch.randn(size, 3, 5) * torch.arange(1, size + 1).view(-1, 1, 1)
+        parts = [F.batch_norm(part, None, None, norm.weight, norm.bias, training=True)
+                 for part in x.chunk(groups)]
+        assert torch.allclose(norm(x), torch.cat(parts), atol=1e-5), size
+    assert "batch of 9 does not split into 2" in error_of(norm, torch.zeros(9, 3, 5),
+                                                          kind=ValueError)
+
+    vit = {"dim": 24, "depth": 4, "heads": 3, "patch": 8, "grid": 4}
+    d = vfm_vae.Discriminators(vfm_vae.ProjectedDiscriminator(vit, augment=False), ch=4).eval()
+    x = torch.rand(2, 3, 32, 32, requires_grad=True)
+    logits, scales = d(x)
+    assert logits.shape == (2, 5 * 16) and scales == []
+    logits.sum().backward()
+    assert x.grad.any() and d.main.heads[4].cls.weight_orig.grad.any()
+    for stage, yes in ((False, True), (True, True), (True, False)):
+        d.last_stage = stage
+        d.requires_grad_(yes)
+        trained = {name.split(".")[0] + name.split(".")[1][:3] for name, p in d.named_parameters()
+                   if p.requires_grad}
+        assert {name[:7] for name in trained} == (
+            {"mainhea", "patchsc"} if stage and yes else {"mainhea"} if yes else set())
+    scales = d(x)[1]
+    assert [s[0].shape[2] for s in scales] == [17, 9, 5] and len(scales[0]) == 5
+    assert torch.allclose(scales[0][0], F.leaky_relu(d.patch.scale2_layer0[0](x), 0.2))
+    half = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
+    assert torch.allclose(scales[1][0], F.leaky_relu(d.patch.scale1_layer0[0](half), 0.2))
+    ones = [[torch.zeros(1), torch.ones(2)], [torch.ones(3), torch.tensor([2.0, 4.0])]]
+    assert vfm_vae.least_squares(ones, 1) == (0 + (1 + 9) / 2) / 2
+    assert vfm_vae.feature_matching(ones, [[torch.ones(1), None], [torch.zeros(3), None]]) == 1
+    assert vfm_vae.hinge(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])) == 0.25 + 0.5
+
+    x = torch.rand(1, 3, 40, 32)
+    moved = vfm_vae.translation(x, torch.tensor([3]), torch.tensor([-2]))
+    assert torch.equal(moved[..., :37, 2:], x[..., 3:, :-2])
+    assert not moved[..., 37:, :].any() and not moved[..., :2].any()
+    cut = vfm_vae.cutout(x + 1, torch.tensor([10]), torch.tensor([0]))
+    assert (cut == 0).all(1).sum() == 8 * 3 and not cut[..., 6:14, :3].any()
+    same_image = torch.rand(1, 3, 40, 32).expand(3, -1, -1, -1)
+    changes = {"colour": ("brightness", "saturation", "contrast"), "place": ("translation",),
+               "hole": ("cutout",)}
+    for name, kept in changes.items():
+        off = {op: lambda x, *_: x for op in chain(*changes.values()) if op not in kept}
+        with patch.multiple(vfm_vae, **off):
+            a, b, _ = vfm_vae.diffaug(same_image)
+        assert not torch.allclose(a, b, atol=0.01), name
+
+
+def test_vfm_vae_objective():
+    """The terms of each stage and their weights; G's gradients come from its own terms, D's from
+    its loss; what the lower images, VF's weight and the last stage do."""
+    tok, s = small_vfm(), SimpleNamespace(step=0, steps=100)
+    s.tokenizer = s.ddp_tokenizer = tok
+    x, noise, target = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 8, 4, 4), None
+    always = {"multires", "g_loss", "d_loss", "d_real", "d_fake"}
+    terms_of = {"strong": {"kl", "vf"}, "weak": {"kl", "vf"}, "ssim": {"ssim"},
+                "patchgan": {"patchgan", "matching"}}
+    for s.stage, own in terms_of.items():
+        d = vfm_vae.Discriminators(losses.PatchGAN(4), 4, last_stage=s.stage == "patchgan")
+        s.discriminator = s.ddp_discriminator = d
+        with patch.object(vfm_vae, "draw_transform", return_value=vfm_vae.Transform(1.0, 1)):
+            target, recon, terms = vfm_vae.objective(s, None, x, noise)
+        assert terms.keys() == always | own
+        turned = s.stage != "patchgan"
+        assert torch.equal(target, x.flip(2).transpose(2, 3) if turned else x)
+        assert recon.is_leaf == (s.stage == "patchgan"), "then L_rec only watches"
+        for name, value in {"vf": {"strong": 5, "weak": 1}.get(s.stage), "matching": 10,
+                            "multires": 0.1 * (s.stage == "strong"), "kl": 1e-6}.items():
+            assert name not in terms or terms[name][0] == value, (s.stage, name)
+        for name, (weight, value, *_) in terms.items():
+            grads = {net: torch.autograd.grad(
+                value, [p for p in net.parameters() if p.requires_grad], retain_graph=True,
+                allow_unused=True) for net in (tok, d) if value.requires_grad}
+            moved = [net for net, g in grads.items() if any(p is not None for p in g)]
+            assert moved == ([] if weight is None else [d] if name == "d_loss" else [tok]), name
+
+    s.stage, s.step = "strong", 25
+    assert vfm_vae.objective(s, None, x, noise)[2]["multires"][0] == 0, "after a quarter"
+    s.step = 24
+    with patch.object(vfm_vae, "draw_transform", return_value=vfm_vae.Transform()):
+        x, recon, terms = vfm_vae.objective(s, None, x, noise)
+    _, lower, _, z_proj, last = tok(x, noise)
+    multires = sum((F.interpolate(x, y.shape[2:], mode="bilinear", antialias=True) - y).abs().mean()
+                   for y in lower)
+    close(terms["multires"][1].item(), multires.item(), 1e-5)
+    close(terms["vf"][1].item(), losses.vf_loss(z_proj, last, 0, 0).item(), 1e-5)
+    rec, layer = (x - recon).abs().mean(), tok.ldm_adapter.final_quant.blocks[0].mlp.w2.weight
+    norms = [torch.autograd.grad(f, layer, retain_graph=True)[0].norm()
+             for f in (rec + 0.1 * terms["multires"][1], terms["vf"][1])]
+    found = losses.adaptive_weight(rec, *terms["vf"][1:])
+    close(found.item(), (norms[0] / (norms[1] + 1e-4)).item(), 1e-4)
+    for stage, parts in (("strong", 3), ("weak", 3), ("ssim", 3), ("patchgan", 3)):
+        names = vfm_vae.STAGES[stage]["trains"]
+        assert len(names) == parts and all(tok.get_submodule(name) for name in names)
+
+
+def test_vfm_vae_files():
+    """An official checkpoint is built from names and shapes; without the encoder it decodes; each
+    mistake is one line."""
+    tok = small_vfm()
+    x, z = torch.rand(1, 3, 64, 64), torch.randn(1, 8, 4, 4)
+    state = {k: v for k, v in tok.state_dict().items() if not k.startswith("latent_")}
+    bare = {k: v for k, v in state.items() if "linear_proj" not in k}
+    torch.save({"G": {}, "G_ema": bare}, TMP / "official.pth")
+    for source in (state, {"G_ema": bare}, TMP / "official.pth"):
+        again = frozen(vfm_vae.load(source))
+        assert torch.equal(again.encode(x), tok.encode(x))
+        assert torch.equal(again.decode(z), tok.decode(z))
+        assert "no latent statistics" in error_of(again.normalize, z, kind=ValueError)
+    decoder = frozen(vfm_vae.load({k: v for k, v in bare.items() if "vfm_encoder" not in k}))
+    assert torch.equal(decoder.decode(z), tok.decode(z))
+    siglip = {k: v for k, v in tok.vfm_encoder.encoder["vision_model"].state_dict().items()}
+    assert vfm_vae.siglip_arguments(siglip) == {"dim": 64, "depth": 4, "hidden": 256, "patch": 16,
+                                               "grid": 8}
+    for words, call, *args in (
+            ("can only decode", decoder.encode, x),
+            ("no VFM-VAE", vfm_vae.load, siglip),
+            ("no SigLIP2", vfm_vae.siglip_arguments, DINOv2(64, 1, grid=4).state_dict()),
+            ("scale 1.5 does not fit patches of 16 px", small_vfm, 1.5),
+            ("divisible by 4, not 4x6", tok.decode, torch.zeros(1, 8, 4, 6)),
+            ("divisible by 16", tok.encode, torch.zeros(1, 3, 64, 72))):
+        assert words in error_of(call, *args, kind=ValueError), words
 
 
 def diffusers_state(state):
@@ -1184,7 +2039,7 @@ def test_words():
     """The built-in text encoder by hand: which word stands where, and how many times."""
     encoder = captions.Words(["red", "star", "on"])
     rows = torch.from_numpy(encoder(["Red star, on red", ""]))
-    text, pooled = captions.unpack(rows, encoder.T, encoder.P)
+    text, pooled = mmdit.unpack(rows, encoder.T, encoder.P)
     assert text.shape == (2, 10, 13) and pooled.tolist() == [[2, 1, 1], [0, 0, 0]]
     assert text[0, :5, :3].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 0, 0]]
     assert torch.equal(text[:, :, 3:], torch.eye(10).expand(2, -1, -1)) and not text[1, :, :3].any()
@@ -1233,7 +2088,7 @@ def test_clip_and_t5():
         encoder = captions.ClipT5(d, d, 4, CPU)
         with patch("builtins.print") as printed:
             rows = torch.from_numpy(encoder(["ab", "abcdef"]))
-        text, pooled = captions.unpack(rows, encoder.T, encoder.P)
+        text, pooled = mmdit.unpack(rows, encoder.T, encoder.P)
         assert (encoder.L, encoder.T, encoder.P) == (4, 3, 2)
         assert text[:, :, 2].tolist() == [[970, 980, 0, 0], [970, 980, 990, 1000]]
         assert pooled.tolist() == [[195, 195], [597, 597]]
@@ -1252,11 +2107,15 @@ def test_clip_and_t5():
 def test_encoder_files():
     """DINOv2's sizes follow from its file: plain, in half precision, a teacher's, in chunks."""
     state = random_weights(DINOv2(dim=128, depth=3, grid=4, registers=4)).state_dict()
-    teacher = {f"backbone.{k}": v for k, v in state.items()} | {"dino_head.w": torch.zeros(1)}
+    teacher = prefixed("backbone.", state) | {"dino_head.w": torch.zeros(1)}
     chunked = {k.replace("blocks.", f"blocks.{int(k[7]) // 2}.") if "blocks." in k else k: v
                for k, v in state.items()}
     path = str(TMP / "e.pth")
+    deeper = {"epoch": 3, "model": {"state_dict": prefixed("module._orig_mod.encoder.", state)}}
     for name, content in {"plain": state, "half": {k: v.half() for k, v in state.items()},
+                          "DDP": {"state_dict": prefixed("module.", state)}, "deeper": deeper,
+                          "compiled": {"model": prefixed("_orig_mod.", state)},
+                          "with a head": state | {"head.weight": torch.zeros(1)},
                           "teacher": {"teacher": teacher}, "chunked": chunked}.items():
         torch.save(content, path)
         loaded, arguments = load_encoder(path)
@@ -1264,9 +2123,110 @@ def test_encoder_files():
         assert name == "half" or same(loaded.state_dict(), state) is None, name
     torch.save({k: v for k, v in state.items() if k != "blocks.1.ls1.gamma"}, path)
     assert "blocks.1.ls1.gamma" in error_of(load_encoder, path)
-    torch.save({"a": torch.zeros(1)}, path)
-    assert "no DINOv2" in error_of(load_encoder, path)
+    two = {"state_dict": prefixed("student.", state) | prefixed("teacher.", state)}
+    wide = state | {"patch_embed.proj.weight": torch.zeros(128, 3, 16, 16)}
+    for word, content in {"student., teacher.": two, "16 px": wide}.items():
+        torch.save(content, path)
+        assert word in error_of(load_encoder, path)
     assert "neither a file nor" in error_of(load_encoder, "vitx14")
+
+
+# DINOv2's official names -> those of transformers' files; those that it has in memory since its
+# version 5, which torch.save of a state dict writes; timm's. Several: equal parts of the tensor.
+TRANSFORMERS = {
+    "cls_token": "embeddings.cls_token", "mask_token": "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings", "register_": "embeddings.register_",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks.": "encoder.layer.",
+    "attn.qkv": "attention.attention.query|attention.attention.key|attention.attention.value",
+    "attn.proj": "attention.output.dense", "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1", "mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out",
+    "norm.": "layernorm."}
+TRANSFORMERS_5 = TRANSFORMERS | {
+    "attn.qkv": "attention.q_proj|attention.k_proj|attention.v_proj",
+    "attn.proj": "attention.o_proj", "mlp.w12": "mlp.gate_proj|mlp.up_proj",
+    "mlp.w3": "mlp.down_proj"}
+TIMM = {"register_tokens": "reg_token", "mlp.w12": "mlp.fc1", "mlp.w3": "mlp.fc2"}
+
+
+def renamed(state, table):
+    """A state dict under other names, as `table` says."""
+    out = {}
+    for name, tensor in state.items():
+        names = [name]
+        for ours, theirs in table.items():
+            names = [n.replace(ours, t) for t in theirs.split("|") for n in names]
+        names = list(dict.fromkeys(names))
+        out |= zip(names, tensor.chunk(len(names)))
+    return out
+
+
+def test_encoders_of_other_libraries():
+    """A file of transformers or timm, whatever it is wrapped in, has the features of the official
+    one; safetensors are read by their package, which is asked for by name."""
+    x, path = torch.randn(2, 3, 42, 70), str(TMP / "other.pt")
+    for sizes in ({}, {"registers": 4}, {"swiglu": True}, {"swiglu": True, "registers": 4}):
+        net = random_weights(DINOv2(dim=128, depth=2, grid=5, **sizes))
+        state = net.state_dict()
+        timm = {k: v for k, v in state.items() if k != "mask_token"}
+        if net.registers:  # the class token holds its position
+            first, rest = state["pos_embed"].split([1, 25], dim=1)
+            timm |= {"cls_token": state["cls_token"] + first, "pos_embed": rest}
+        old, new, timm = renamed(state, TRANSFORMERS), renamed(state, TRANSFORMERS_5), renamed(
+            timm, TIMM)
+        with torch.no_grad():
+            expected = torch.cat([t.flatten() for t in net(x)])
+            for content in (old, new, timm, {"state_dict": prefixed("module.", timm)},
+                            prefixed("dinov2.", old) | {"classifier.weight": torch.zeros(2, 256)},
+                            {"teacher": prefixed("backbone.", new)}):
+                torch.save(content, path)
+                loaded, arguments = load_encoder(path)
+                assert arguments == {"dim": 128, "depth": 2, "swiglu": False, "registers": 0,
+                                     "grid": 5} | sizes
+                features = torch.cat([t.flatten() for t in loaded.eval()(x)])
+                assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
+    torch.save({k: v for k, v in new.items() if ".1.attention.v_proj" not in k}, path)
+    assert "blocks.1.attn.qkv.weight" in error_of(load_encoder, path)
+
+    size = sum(v.nbytes for v in timm.values())
+    Path(path).write_bytes(struct.pack("<Q", 2) + b"{}" + bytes(2 * size))  # a header shows
+    package = SimpleNamespace(load_file=lambda file: {str(path): timm}[str(file)])
+    with patch.dict(sys.modules, {"safetensors": SimpleNamespace(), "safetensors.torch": package}):
+        loaded, _ = load_encoder(path)
+    assert torch.equal(loaded.state_dict()["norm.weight"], state["norm.weight"])
+    with (patch.dict(sys.modules, {"safetensors": None}),
+          refused("other.pt", "pip install safetensors")):
+        load_encoder(path)
+
+
+def test_weights_of_other_networks():
+    """They are named for what they are."""
+    path = TMP / "other.pt"
+    vit = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight"]
+    for kind, names in {
+            "AlignTok": ["tokenizer", "arguments"],
+            "an autoencoder of LDM": ["encoder.conv_in.weight", "foundation_model.cls_token", "loss.logvar"],
+            "LightningDiT": ["module.x_embedder.proj.weight", "pos_embed"],
+            "DINOv3": ["cls_token", "storage_tokens", "blocks.0.ls1.gamma"],
+            "DINOv3 (transformers)": ["embeddings.cls_token", "layer.0.layer_scale1.lambda1"],
+            "CLIP": ["visual.layer1.0.conv1.weight", "transformer.resblocks.0.ln_1.weight"],
+            "CLIP (transformers)": ["vision_model.embeddings.class_embedding"],
+            "CLIP (timm)": [*vit, "norm_pre.weight"],
+            "SigLIP": ["vision_model.head.probe", "vision_model.encoder.layers.0.mlp.fc1.bias"],
+            "MAE": [*vit, "decoder_pos_embed"],
+            "another ViT": vit,
+            "a ResNet": ["conv1.weight", "layer1.0.conv1.weight"]}.items():
+        torch.save({"state_dict": dict.fromkeys(names, torch.zeros(1))}, path)
+        if kind == "AlignTok":
+            torch.save({name: {} for name in names}, path)
+        assert "no DINOv2: its names are those of " + kind.split(" (")[0] in error_of(
+            load_encoder, str(path))
+    torch.save({"fc.weight": torch.zeros(1)}, path)
+    assert "no DINOv2: names: fc.weight" in error_of(load_encoder, str(path))
+    torch.save(renamed(small_tokenizer().encoder.state_dict(), TRANSFORMERS), path)
+    assert "DINOv2" in error_of(load_tokenizer, path, VAE)
+    assert "no Inception" in error_of(fid.load_inception, path)
+    assert "no LightningDiT: its names are those of DINOv2" in error_of(sample.load_dit, path)
+    assert "no VGG16" in error_of(files.load_lpips, path, path)
 
 
 def test_fingerprint():
@@ -1276,6 +2236,10 @@ def test_fingerprint():
         seen.append(files.fingerprint(tok))
         part.add_(1)
     assert seen[0] == seen[1] and len({*seen, files.fingerprint(tok)}) == 3
+    vae = frozen(VAE(DECODERS["tiny"]))
+    before = files.fingerprint(vae)
+    vae.post_quant_conv.bias.add_(1)  # a part of D
+    assert files.fingerprint(vae) == before
 
 
 def test_batched_array():
@@ -1296,10 +2260,12 @@ def test_batched_array():
         assert not array.complete
         assert array.missing(4) == [range(4), range(4, 8), range(8, 10)]
         array.write(range(4, 8), values[4:8])
-        (array.parts / ".000000000-000000004.npy.part").symlink_to("/dev/full")
-        with refused("No space", "000000000-000000004.npy", "make room"):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with (patch.object(os, "fsync", side_effect=full),
+              refused("No space", "000000000-000000004.npy", "make room")):
             array.write(range(4), values[:4])
-        assert "another process is writing" in error_of(make)
+        if files.fcntl:
+            assert "another process is writing" in error_of(make)
         array.lock.close()  # a stop
         for wrong, words in (({"recipe": "b"}, "tokenizer a -> b"), ({"n": 11}, "rows 10 -> 11")):
             with refused("a.npy", words):
@@ -1320,6 +2286,10 @@ def test_batched_array():
         assert {p.name for p in d.iterdir()} == {"a.npy", "a.npy.json"}
 
         assert "tokenizer a -> b" in error_of(make, "b")
+        (d / "a.npy.json").rename(d / "b")
+        with refused("a.npy was not made by this script"):  # it is the user's own
+            make("b", overwrite=True)
+        (d / "b").rename(d / "a.npy.json")
         array = make("b", overwrite=True)
         assert not array.complete and not path.exists() and len(array.missing(4)) == 3
         fill(array, 4)
@@ -1356,9 +2326,12 @@ def test_run_folder():
     row, linear = {"stage": 1, "loss": 1 / 3}, torch.nn.Linear(2, 2)
     linear.arguments = {}
     adam = torch.optim.Adam(linear.parameters())
-    s = SimpleNamespace(prefix="a", recipe={}, step=0, steps=9, log_every=1, meter=runs.Meter(CPU),
-                        networks={"linear": linear}, optimisers={"adam": adam})
+    s = SimpleNamespace(prefix="a", recipe={}, may_change=(), step=0, steps=9, log_every=1,
+                        meter=runs.Meter(CPU), classes=[], networks={"linear": linear},
+                        optimisers={"adam": adam})
     with folder() as d:
+        d /= "a[1-3]"  # no pattern
+        d.mkdir()
         (d / ".a_step00000009.pt.part").write_bytes(b"half")
         log = d / "log.csv"
         log.touch()
@@ -1389,6 +2362,42 @@ def test_run_folder():
             assert "other columns" in error_of(run.rewind_log, 0, 9, 1)
         checkpoints = {f"a_step0000000{i}.pt" for i in (3, 4, 5)}
         assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *checkpoints}
+        others = {"a_step.pt", "a_stepped.png", "a_step00000003.txt", "b_step00000003.pt", "aa.pt"}
+        for name in (*others, "a.pt", "a_step00000003.png"):
+            (d / name).touch()
+        with runs.Run(d, 0, []) as run:
+            assert [p.name for p in run.checkpoints("a")] == sorted(checkpoints)
+            run.forget("a")
+        assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *others}
+
+
+def test_meter():
+    """Means over the steps since the last reset, also through a checkpoint; the first step whose
+    loss was not finite."""
+    meter, run = runs.Meter(CPU), SimpleNamespace(last_good=lambda _: "none")
+    for step, loss, more in ((1, 2.0, {}), (2, 4.0, {"gan": torch.tensor(5.0)}), (3, 9.0, {})):
+        meter.add(step, {"loss": torch.tensor(loss)} | more)
+    again = runs.Meter(CPU)
+    again.load(json.loads(json.dumps(meter.state())))
+    assert meter.average() == again.average() == {"loss": 5, "gan": 5}
+    meter.reset()
+    meter.check(run, "a")
+    for step, loss in ((4, 1.0), (5, math.nan), (6, 1.0), (7, math.inf)):
+        meter.add(step, {"loss": torch.tensor(loss)})
+    assert "since step 5;" in error_of(meter.check, run, "a")
+    assert [step for step in range(1, 6) if runs.due(step, 2, 5)] == [2, 4, 5]
+
+
+def test_dtype():
+    """--dtype is autocast's; auto takes bf16 where it is native."""
+    x = torch.ones(2, 2)
+    for native in (True, False):
+        with patch.object(torch.cpu, "get_capabilities", return_value={"avx512_bf16": native}):
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16),
+                                ("auto", torch.bfloat16 if native else torch.float32)):
+                assert runs.autocast_dtype(name, CPU) == dtype
+                with runs.autocast(CPU, dtype):
+                    assert (x @ x).dtype == dtype
 
 
 def test_arguments():
@@ -1405,16 +2414,70 @@ def test_arguments():
                 parser.parse_args([f"--x={text}"])
     parser = runs.Parser("")
     parser.training_flags()
-    presets = {"a": {"size": 16, "steps": 9}, "paper": {"size": 256, "steps": 90}}
-    args = parser.fill(["--preset", "a", "--steps", "3", "--batch-size", "8", "--accum", "3"],
-                       presets)
-    assert (args.size, args.steps) == (16, 3) and args.given == {"steps"}
+    presets = {"a": {"size": 16, "steps": 9, "workers": 8}, "paper": {"size": 256, "steps": 90}}
+    args = parser.fill(["--preset", "a", "--steps", "3", "--batch-size", "8", "--accum", "3",
+                        "--workers", "0"], presets)
+    assert (args.size, args.steps, args.workers) == (16, 3, 0)
+    assert args.given == {"steps", "workers"}
     assert "--batch-size 8 does not split" in error_of(runs.check_batch_size, args, 2)
+
+
+def test_launchers():
+    """One process without any; all variables of torchrun; half of them, or several processes
+    without them, are one line that says what is missing and how to launch."""
+    five = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"), "1")
+    for variables, expected in (
+            ({}, False), ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, False), (five, True),
+            (five | {"SLURM_NTASKS": "8"}, True), ({"SLURM_NTASKS": "1"}, False),
+            ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, False),
+            ({"LOCAL_RANK": "0"}, ("RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are missing",
+                                   "torchrun --standalone --nproc_per_node")),
+            ({"RANK": "1"}, ("LOCAL_RANK, WORLD_SIZE", "torchrun --standalone")),
+            ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, ("8 processes", "srun", "torchrun"))):
+        with patch.dict(os.environ, variables, clear=True):
+            if isinstance(expected, bool):
+                assert runs.under_torchrun() == expected, variables
+            else:
+                with refused(*expected):
+                    runs.setup_ranks()
+
+
+def test_locks():
+    """One process at a time; where the system has no locks it goes on, and says so once."""
+    with folder() as d:
+        path, said = d / ".lock", io.StringIO()
+        if files.fcntl:
+            with files.lock(path, ""), refused("held"), files.lock(path, "held"):
+                pass
+        for number in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO):
+            error = OSError(number, os.strerror(number))
+            system = SimpleNamespace(flock=Mock(side_effect=error), LOCK_EX=0, LOCK_NB=0)
+            with patch.object(files, "fcntl", system), contextlib.redirect_stderr(said):
+                files.warn_of_locks.cache_clear()
+                if number == errno.EIO:
+                    assert "cannot write" in error_of(runs.Run, d, 0, [])
+                    continue
+                for _ in range(2):
+                    with runs.Run(d, 0, []) as run:
+                        run.rewind_log(0, 1, 1)
+        assert said.getvalue().count("no locks here") == 3
+
+
+def test_home():
+    """~ in any path is the user's folder, also where the shell leaves it."""
+    parser = runs.Parser("")
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("--out")
+    args = parser.parse_args(["--out=~/x", "~/a", "b~"])
+    home = os.path.expanduser("~")
+    assert (args.out, args.paths) == (f"{home}/x", [f"{home}/a", "b~"])
 
 
 def test_launch():
     """A user's mistake is one line and status 1; a mistake of ours is a traceback."""
+    no_compiler = "backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found"
     for error, says in ((UserError("a\nb"), SystemExit("error: a b")),
+                        (RuntimeError(no_compiler), SystemExit("error: --compile takes")),
                         (KeyboardInterrupt(), SystemExit("error: interrupted")),
                         (RuntimeError("ours"), RuntimeError("ours"))):
         with refused(str(says), kind=type(says)), patch.object(sample, "main", side_effect=error):
@@ -1438,12 +2501,40 @@ def test_checkpointing_changes_no_gradient():
             (VAE(DECODERS["tiny"]), x, torch.randn(2, 32, 2, 2)),
             (small_dit(), torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([1, 5])),
             (MMDiT(**SMALL_MMDIT), torch.randn(2, 3, 4, 4), torch.rand(2),
-             (torch.randn(2, 4, 5), torch.randn(2, 7)))):
+             torch.randn(2, 4 * 5 + 7))):
         random_weights(net).train()
+        runs.fast_weight_gradients(net)
         plain, kept = gradients(net, *inputs)
-        runs.checkpoint_activations(net)
+        runs.make_fast(net, SimpleNamespace(compile=False, checkpointing=True), CPU,
+                       mmdit.DoubleBlock, mmdit.SingleBlock)
         again, kept_now = gradients(net, *inputs)
         assert same(plain, again) is None and kept_now < 0.5 * kept, (kept_now, kept)
+
+
+def test_weight_gradients_by_taps():
+    """Where AVX2 is all there is, the gradients of convolutions are those of autograd: for every
+    kernel, stride and padding, whole and in blocks of rows, for what is frozen too."""
+    for kernel, stride, padding, block in (
+            ((3, 3), (1, 1), (1, 1), 2 ** 19), ((3, 3), (1, 1), (1, 1), 2 * 2 * 9 * 64),
+            ((4, 4), (2, 2), (1, 1), 1), ((3, 3), (2, 2), (0, 0), 2 * 2 * 4 * 64),
+            ((3, 2), (2, 1), (1, 0), 1), ((1, 1), (1, 1), (0, 0), 1)):
+        conv = torch.nn.Conv2d(64, 65, kernel, stride, padding).double()
+        x = torch.randn(2, 64, 7, 9).double().requires_grad_()
+        inputs = (x, *conv.parameters())
+        plain = torch.autograd.grad(conv(x).sin().sum(), inputs)
+        with patch("torch.backends.cpu.get_cpu_capability", lambda: "AVX2"):
+            runs.fast_weight_gradients(conv)
+        with patch.object(runs.TapConvolution, "block", block):
+            found = torch.autograd.grad(conv(x).sin().sum(), inputs)
+        for a, b in zip(plain, found):
+            assert torch.allclose(a, b), (kernel, stride, padding)
+        assert "TapConvolution" in conv(x).grad_fn.name()
+        conv.requires_grad_(False)
+        assert torch.allclose(torch.autograd.grad(conv(x).sin().sum(), x)[0], plain[0])
+    depthwise = torch.nn.Conv2d(64, 64, 3, groups=64)
+    with patch("torch.backends.cpu.get_cpu_capability", lambda: "AVX2"):
+        runs.fast_weight_gradients(depthwise)
+    assert "TapConvolution" not in depthwise(torch.ones(1, 64, 3, 3)).grad_fn.name()
 
 
 # ------------------------------------------------------------------------------- train_tokenizer.py
@@ -1459,73 +2550,154 @@ def stage_by_hand(tokenizer, discriminator, reference=None):
     return s, args
 
 
-def test_training_step_against_autograd():
-    """The gradients of one micro-batch of two, all terms on, against plain autograd of the paper's
-    sum: L1 + w_g L_GAN + w_sp L_sp; and VA-VAE's L1 + w_kl KL + w_vf VF."""
-    def check(network, loss, name):
-        found = {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
-        network.zero_grad()
-        (loss / 2).backward()
-        own = {k: p.grad for k, p in network.named_parameters() if p.grad is not None}
-        assert found.keys() == own.keys()
-        whole, off = (torch.cat([f.flatten() for f in grads]).norm() for grads in (
-            own.values(), [own[k] - found[k] for k in own]))
-        assert off < 1e-4 * whole, (name, off / whole)
+def losses_by_hand(net, d, reference, x, noise, gan, sp):
+    """The paper's sums for one micro-batch: (G's loss, D's loss, what is logged). d: D, for G's
+    loss and for its own. sp: "", or the kind of L_sp. The weights are test_steps_against_autograd's.
+    """
+    def adaptive(other, layer):
+        a, b = (torch.autograd.grad(f, layer, retain_graph=True)[0].norm() for f in (rec, other))
+        return a / (b + 1e-4)
 
-    def weight(loss, other, layer):
-        norms = [torch.autograd.grad(f, layer, retain_graph=True)[0].norm() for f in (loss, other)]
-        return norms[0] / (norms[1] + 1e-4)
+    def cosine(a, b, dim):
+        return (a * b).sum(dim) / a.norm(dim=dim) / b.norm(dim=dim)
 
-    x = torch.rand(2, 3, 64, 64) * 2 - 1
-    tok, ref = (Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]) for _ in range(2))
-    frozen(ref)
-    tok.encoder.mask_token.requires_grad_(False)
-    s, args = stage_by_hand(tok, losses.PatchGAN(16), reference=ref)
-    args.w_sp, args.w_g, args.accum = 3.0, 0.7, 2
-    tt.training_step(x, [], s, args, gan=True, last=True)
-    recon, z0, _ = tok(x)
-    l1, l_gan = (x - recon).abs().mean(), -s.discriminator(recon).mean()
-    w_gan = 0.7 * weight(l1, l_gan, tok.decoder.conv_out.weight)
-    l_sp = (z0 - ref.encode(x)).square().mean()
-    check(tok, l1 + w_gan * l_gan + 3 * l_sp, "stage 2")
+    if noise:  # a VAE's
+        mean, logvar = net.quant_conv(net.encoder(x)).chunk(2, dim=1)
+        z = mean + (logvar / 2).exp() * noise[0]
+        recon = net.decode(z)
+    else:
+        recon, z0, tokens = net(x)
+    l1, perceptual = (x - recon).abs().mean(), Perceptual()(x, recon).mean()
+    rec = loss = l1 + 0.6 * perceptual
+    log, d_loss = {"l1": l1, "perceptual": perceptual, "rec": rec}, None
+    if gan:
+        g_loss, real, fake = -d[0](recon).mean(), d[1](x), d[1](recon.detach())
+        w_g = adaptive(g_loss, net.decoder.conv_out.weight)
+        loss = loss + 0.7 * w_g * g_loss
+        d_loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        log |= {"g_loss": g_loss, "adaptive": w_g, "d_loss": d_loss,
+                "d_real": (real > 0).float().mean(), "d_fake": (fake < 0).float().mean()}
+    if noise:
+        log["kl"] = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+        loss = loss + 50 / (3 * 32 * 32) * log["kl"]
+    if noise and reference:  # VA-VAE's
+        f, p = reference.features(x), net.linear_proj(z).flatten(2).transpose(1, 2)
+        of_p, of_f = (cosine(a[:, :, None], a[:, None], 3) for a in (p, f))
+        vf = F.relu(1 - 0.1 - cosine(p, f, 2)).mean() + F.relu((of_p - of_f).abs() - 0.2).mean()
+        log |= {"vf": vf, "vf_adaptive": adaptive(vf, net.encoder.conv_out.weight)}
+        loss = loss + 0.4 * log["vf_adaptive"] * vf
+    if sp:
+        a, b, dim = z0, reference.encode(x), 1
+        if "tokens" in sp:
+            a, b, dim = tokens, reference.features(x), 2
+        log["sp"] = 1 - cosine(a, b, dim).mean() if "cosine" in sp else (a - b).square().mean()
+        loss = loss + 30 * log["sp"]
+        if sp == "l2":
+            log["sp_to_var"] = log["sp"] / reference.latent_std.square().mean()
+    return loss, d_loss, log
 
-    vae, foundation = VAE(DECODERS["tiny"], vf_dim=192), DINOv2(**ENCODERS["tiny14"])
-    frozen(foundation)
-    s, args = stage_by_hand(vae, losses.PatchGAN(16), reference=foundation)
-    args.w_kl, args.w_vf, args.vf_margins, args.accum = 0.5, 0.7, [0.1, 0.2], 2
-    s.objective, noise = functools.partial(baselines.objective, s, args), torch.randn(2, 32, 4, 4)
-    tt.training_step(x, [noise], s, args, gan=False, last=True)
-    mean, logvar = vae.quant_conv(vae.encoder(x)).chunk(2, dim=1)
-    z = mean + (logvar / 2).exp() * noise
-    l1 = (x - vae.decode(z)).abs().mean()
-    kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-    vf = baselines.vf_loss(vae.linear_proj(z), foundation.features(x), 0.1, 0.2)
-    w_vf = 0.7 * weight(l1, vf, vae.encoder.conv_out.weight)
-    check(vae, l1 + 0.5 / (3 * 64 * 64) * kl + w_vf * vf, "VA-VAE")
+
+def check_adam(network, key, name, rates, before, after):
+    """A step of Adam (.5, .9) between two checkpoints: of the gradients that a network holds, with
+    moments, rates (of its parts, "": of the rest) and weights by the formula."""
+    trained = {k: p.grad for k, p in network.named_parameters() if p.requires_grad}
+    states = [list(content[key]["state"].values()) for content in (before, after)]
+    assert len(trained) == len(states[0]) == len(states[1])
+    off, whole = {}, {}
+    for (k, g), old, new in zip(trained.items(), *states):
+        m, v, n, part = new["exp_avg"], new["exp_avg_sq"], new["step"], k.split(".")[0]
+        found = (m - 0.5 * old["exp_avg"]) / 0.5
+        square = 0.9 * old["exp_avg_sq"] + 0.1 * found.square()
+        assert (v - square).norm() <= 1e-4 * square.norm(), k
+        moved = after[name][k] - before[name][k]
+        rate = rates.get(part, rates[""])
+        by_hand = -rate * m / (1 - 0.5 ** n) / ((v / (1 - 0.9 ** n)).sqrt() + 1e-8)
+        assert (moved - by_hand).abs().max() < 1e-3 * rate, k
+        off[part] = off.get(part, 0) + (found - g).square().sum()
+        whole[part] = whole.get(part, 0) + g.square().sum()
+    for part, square in off.items():
+        assert square < 1e-5 * whole[part], (part, square / whole[part])
 
 
-def test_generator_step_leaves_the_discriminator_alone():
-    """After one step D's gradients are those of its own loss, G's those of Eq. 1, and frozen parts
-    have none."""
-    tok, disc = Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]), losses.PatchGAN(16)
-    frozen(tok.encoder)
-    s, args = stage_by_hand(tok, disc)
-    x = torch.rand(2, 3, 64, 64) * 2 - 1
-    log = tt.training_step(x, [], s, args, gan=True, last=True)
-    assert all(p.grad is None for p in tok.encoder.parameters())
-    d_grads = [p.grad.clone() for p in disc.parameters()]
-    disc.zero_grad()
-    twin = copy.deepcopy(disc)
-    with torch.no_grad():
-        recon = tok(x)[0]
-    losses.hinge_d(twin(x), twin(recon)).backward()
-    for found, p in zip(d_grads, twin.parameters()):
-        assert torch.allclose(found, p.grad, atol=1e-5)
-    found = tok.decoder.conv_out.bias.grad.clone()
-    tok.zero_grad()
-    recon = tok(x)[0]  # Eq. 1 by hand, with the weight that was logged
-    (F.l1_loss(x, recon) - 0.5 * log["adaptive"] * disc(recon).mean()).backward()
-    assert torch.allclose(found, tok.decoder.conv_out.bias.grad, atol=1e-5)
+def test_steps_against_autograd():
+    """The second step of each stage, ablation and baseline, as the script makes it with numbers of
+    its own: gradients, Adam, EMA and log, against plain autograd of the paper's sums."""
+    common = "--steps 2 --accum 2 --save-every 1 --seed 3 --w-p 0.6 --w-g 0.7 --w-kl 50 --w-sp 30 "
+    common += "--lr 1e-3 --encoder-lr 5e-4 --ema-decay 0.75"
+    foundation = frozen(DINOv2(dim=64, depth=1, grid=4))
+    with (folder() as d, patch.object(tt, "load_lpips", lambda *_: (Perceptual(), None)),
+          patch.dict(DECODERS, tiny=DECODERS["tiny"] | {"ch": 16}),
+          patch.object(tt, "linear_probe", lambda *_: 0.0),
+          patch("torch.compile", side_effect=lambda f, **_: f) as compiled,
+          recorded(runs, "checkpoint_activations") as checkpointed):
+        torch.save(foundation.state_dict(), d / "e_p.pth")
+        encoder = f"--encoder {d}/e_p.pth"
+        two = f"{encoder} --init {d}/stage1/stage1.pt --stage 2"
+        for name, trains, gan, sp, own in (  # what trains, with the GAN or without, L_sp's kind
+                ("stage1", "adapter decoder", 0, "",
+                 f"{encoder} --stage 1 --disc-start 99 --lr 2e-3"),
+                ("stage2", "encoder adapter decoder", 1, "l2", f"{two} --disc-start 2"),
+                ("cosine", "encoder adapter decoder", 1, "cosine", f"{two} --sp-loss cosine"),
+                ("tokens", "encoder adapter decoder", 1, "tokens cosine",
+                 f"{two} --sp-loss cosine --sp-at encoder"),
+                ("stage3", "decoder", 1, "",
+                 f"{encoder} --init {d}/stage2/stage2.pt --stage 3"),
+                ("vae", "encoder quant_conv post_quant_conv decoder", 0, "",
+                 "--model vae --w-g 0 --compile --checkpointing"),
+                ("vavae", "encoder quant_conv post_quant_conv decoder linear_proj", 1, "",
+                 f"{encoder} --model vavae --w-vf 0.4 --vf-margins 0.1 0.2")):
+            with recorded(tt, "training_step") as micro_batches:
+                execute(tt, *PLAIN, *common.split(), *own.split(), "--out", d / name)
+            assert len({x.mean().item() for (x, *_), _ in micro_batches}) == 4, "each of other images"
+            before, after = map(load_file, sorted((d / name).glob("*_step*.pt")))
+
+            net = (VAE if "vae" in name else Tokenizer)(**before["arguments"])
+            net.load_state_dict(before["tokenizer"])
+            for part in frozen(net).children():
+                part.requires_grad_(part in [getattr(net, k) for k in trains.split()])
+            if sp:
+                net.encoder.mask_token.requires_grad_(False)  # no forward reads it
+            reference = foundation if name == "vavae" else None
+            if sp:
+                reference = frozen(load_tokenizer(d / "stage1" / "stage1.pt"))
+            discriminators, logs = [losses.PatchGAN(16) for _ in range(2)], []
+            for discriminator in discriminators:
+                discriminator.load_state_dict(before["discriminator"])
+            for (x, noise, *_), _ in micro_batches[2:]:
+                loss, d_loss, log = losses_by_hand(net, discriminators, reference, x, noise, gan, sp)
+                (loss / 2).backward()
+                if gan:
+                    (d_loss / 2).backward()
+                logs.append(log)
+
+            if "init" in own:  # nothing is drawn again: the first step moves a weight by a rate
+                start = load_file(own.split()[3])
+                for part in ("tokenizer", "discriminator"):
+                    for k, p in start[part].items():
+                        moved = (before[part][k] - p).abs().max()
+                        assert moved < 4e-3 or "running" in k or "num_" in k, (name, k)
+                for k, p in net.named_parameters():
+                    by_hand = 0.75 * start["tokenizer"][k] + 0.25 * before["tokenizer"][k]
+                    assert torch.allclose(before["ema"][k], by_hand, atol=1e-6), k
+            rates = {"": 2e-3 if name == "stage1" else 1e-3} | ({"encoder": 5e-4} if sp else {})
+            check_adam(net, "opt_g", "tokenizer", rates, before, after)
+            if gan:
+                check_adam(discriminators[1], "opt_d", "discriminator", {"": 1e-3}, before, after)
+            else:
+                assert same(before["discriminator"], after["discriminator"]) is None
+            assert ("ema" in after) == (name != "stage1")
+            for k, p in net.named_parameters():
+                assert p.requires_grad or torch.equal(after["tokenizer"][k], p), k
+                if "ema" in after:
+                    by_hand = 0.75 * before["ema"][k] + 0.25 * after["tokenizer"][k]
+                    assert torch.allclose(after["ema"][k], by_hand, atol=1e-6), k
+            row = rows_of(d / name)[1]
+            assert {k for k, v in row.items() if v} == {"stage", "step", *logs[0]}, name
+            for k in logs[0]:
+                mean = (logs[0][k] + logs[1][k]).item() / 2
+                assert math.isclose(float(row[k]), mean, rel_tol=1e-4, abs_tol=1e-7), (name, k)
+    blocks, = (call[0][0] for call in checkpointed)  # the VAE's alone, each compiled
+    assert compiled.call_count == len(blocks) > 10
 
 
 class Brightness(torch.nn.Module):
@@ -1555,6 +2727,39 @@ def test_a_collapsed_discriminator_shows_in_the_log():
     *right, adaptive = logged(Brightness())
     assert right == [1, 1] and 0 < adaptive < 1e4
 
+    s, args = stage_by_hand(tok, None)  # the weight of another term is at the limit of its own
+    recon, layer = tok(torch.ones(1, 3, 32, 32))[0], tok.decoder.conv_in.weight
+    s.objective = lambda x: (x, recon, {"term": (1.0, 0 * recon.sum(), layer, 5.0)})
+    log = tt.training_step(torch.ones(1, 3, 32, 32), [], s, args, gan=False, last=True)
+    assert log["term_adaptive"] == 5
+
+
+def test_warnings_of_the_gan():
+    """A collapsed discriminator, one that has won for three rows, and an adaptive weight at its
+    limit are named once, with the step; the rows of a healthy run are not."""
+    said, healthy = io.StringIO(), {"d_real": 0.6, "d_fake": 0.5, "d_loss": 1.0, "adaptive": 0.3}
+    s = SimpleNamespace(prefix="stage1", seen={}, step=0)
+    won = {"d_real": 1.0, "d_fake": 1.0, "d_loss": 0.0}
+    with contextlib.redirect_stderr(said):
+        for row in ({}, {"d_real": 0.95, "d_fake": 0.9, "d_loss": 0.1}, won, won, {}, won, won, won,
+                    won, {"d_real": 0.0, "d_fake": 1.0}, {"d_real": 0.0, "d_fake": 0.0},
+                    {"adaptive": 900.0}, {"adaptive": 1e4}, {"adaptive": 1e4}):
+            s.step += 1
+            tt.warn_of_gan(s, healthy | row)
+        tt.warn_of_gan(s, {"rec": 0.5})  # the GAN is off
+    for line, words in zip(said.getvalue().splitlines(), (
+            "step 8: the discriminator has won", "step 10: the discriminator has collapsed",
+            "step 13: the adaptive weight"), strict=True):
+        assert words in line, line
+
+    def constant(self, x):
+        return 0 * (x.mean() + self.main[0].weight.mean()).expand(len(x))
+
+    with (patch.object(losses.PatchGAN, "forward", constant),
+          contextlib.redirect_stderr(io.StringIO()) as said):
+        execute(tt, *SMALL, "--stage", 1, "--steps", 2, "--out", TMP / "collapsed")
+    assert said.getvalue().count("collapsed") == 1, said.getvalue()
+
 
 def test_stages_train_what_they_say():
     """Which parts each stage changes; D goes on through all; a stage's result is its EMA; stage 3
@@ -1566,6 +2771,7 @@ def test_stages_train_what_they_say():
     out = small_run()
     finals = [load_file(out / f"stage{n}.pt") for n in (1, 2, 3)]
     one, two, three = (final["tokenizer"] for final in finals)
+    assert all(final["classes"] == Shapes(n=1).classes for final in finals)
     torch.manual_seed(int(data.rng(0, "encoder").integers(2 ** 62)))
     begin = load_encoder("random:tiny14")[0].state_dict()
     assert not changed({f"encoder.{k}": v for k, v in begin.items()}, one), "E_p is frozen"
@@ -1592,21 +2798,162 @@ def test_stages_train_what_they_say():
     second, third = (load_tokenizer(out / f"stage{n}.pt") for n in (2, 3))
     assert files.fingerprint(second) == files.fingerprint(third)
     assert third.latent_std.min() > 0 and not third.training
-    assert Image.open(out / "stage2_step00000002.png").size == (8 * 64, 128)
+    assert Image.open(out / "stage2_step00000002.png").size == (8 * 32, 64)
 
 
-def test_discriminator_starts_once_and_statistics_stay():
-    """--disc-start counts through the stages; stage 3 keeps the latent statistics of stage 2, also
-    where other images would give others."""
-    with folder() as d:
-        execute(tt, *SMALL, "--out", d, "--steps", 2, "--disc-start", 3, "--stage", 1)
-        execute(tt, *SMALL, "--out", d, "--steps", 2, "--disc-start", 3, "--stage", 2)
-        execute(tt, *SMALL, "--out", d, "--steps", 1, "--disc-start", 3, "--stage", 3,
-                "--encode-images", 20)
-        assert [bool(row["d_loss"]) for row in rows_of(d)] == [False, False, False, True, True]
-        two, three = (load_file(d / f"stage{n}.pt")["tokenizer"] for n in (2, 3))
-        assert torch.equal(two["latent_mean"], three["latent_mean"])
-        assert torch.equal(two["latent_std"], three["latent_std"])
+def test_discriminator_starts_once():
+    """--disc-start counts through the stages, each of its own steps."""
+    with folder() as d, patch.dict(tt.PRESETS["tiny"], steps=(2, 2, 1)):
+        execute(tt, *SMALL, "--out", d, "--disc-start", 3)
+        rows = [(row["stage"], bool(row["d_loss"])) for row in rows_of(d)]
+    assert rows == [("1", False), ("1", False), ("2", False), ("2", True), ("3", True)]
+
+
+def write_ramps(root, n, blue):
+    """n images of 96 x 32 in two classes: red is twice the column, green the class, blue the
+    image's. Returns their centre crops in the order of their names, in [-1, 1], and the labels."""
+    labels = [i // (n // 2) for i in range(n)]
+    images = np.zeros((n, 32, 96, 3), np.uint8)
+    for i, label in enumerate(labels):
+        images[i] = np.stack([np.arange(96) * 2, np.full(96, 200 * label), np.full(96, blue + i)], 1)
+        path = root / f"class{label}" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i]).save(path)
+    centres = torch.from_numpy(images[:, :, 32:64]).permute(0, 3, 1, 2)
+    return centres / 127.5 - 1, torch.tensor(labels)
+
+
+def test_end_of_a_stage():
+    """Training sees flipped random crops; statistics and probe come from centre crops of training
+    images, the figures and the grid from held-out ones, all by the EMA; stage 3 keeps the
+    statistics. Each against a plain computation on pixels that tell where they are from."""
+    def crops_in(steps):
+        """Image -> the red of its crop's first and last column, for the first step."""
+        first, last = ((steps[0][0][0][:, :, 0, k] + 1) * 127.5 for k in (0, -1))
+        return {int(blue): (a, b) for blue, a, b in zip(first[:, 2].round(), first[:, 0].tolist(),
+                                                        last[:, 0].tolist())}
+
+    crops = []
+    with folder() as d, patch.object(tt, "load_lpips", lambda *_: (Perceptual(), None)):
+        (x, y), (held_x, held_y) = write_ramps(d / "a", 16, 0), write_ramps(d / "b", 8, 100)
+        start = load_file(small_run() / "stage1.pt")
+        start["tokenizer"]["decoder.conv_out.bias"].copy_(torch.tensor([1.2, 0, -1.2]))
+        save_checkpoint(d / "stage1.pt", start)
+        flags = [*SMALL, "--data", d / "a", "--val", d / "b", "--out", d, "--batch-size", 8,
+                 "--steps", 1, "--w-p", 0.6, "--lr", 0.03, "--check-data"]
+        for stage, n, val_images in ((2, 10, 6), (3, 12, 99)):
+            with (recorded(tt, "training_step") as steps, recorded(tt, "linear_probe") as probes,
+                  recorded(tt, "check_images") as checks):
+                execute(tt, *flags, "--stage", stage, "--encode-images", n,
+                        "--val-images", val_images)
+            assert [len(part) for part in checks[0][0][0]] == [16, 8]
+            crops.append(crops_in(steps))
+
+            content = load_file(d / f"stage{stage}.pt")
+            tok = frozen(load_tokenizer(d / f"stage{stage}.pt"))
+            chosen, held = ([i for batch in data.at_random(k, 64, total) for _, i in batch]
+                            for k, total in ((n, 16), (val_images, 8)))
+            tokens, z = tok.features(x[chosen]), tok.encode(x[chosen])
+            if stage == 2:
+                assert torch.allclose(tok.latent_mean, z.mean((0, 2, 3)), atol=1e-4)
+                assert torch.allclose(tok.latent_std, z.std((0, 2, 3), correction=0), atol=1e-4)
+                kept = tok.latent_mean, tok.latent_std
+            assert same(kept, (tok.latent_mean, tok.latent_std)) is None
+
+            v, labels = held_x[held], held_y[held]
+            recon = tok.decode(tok.encode(v)).clamp(-1, 1)
+            psnr = 10 * torch.log10(4 / (v - recon).square().mean((1, 2, 3)))
+            rec = (v - recon).abs().mean() + 0.6 * Perceptual()(v, recon).mean()
+            figures = {"rec": rec, "psnr": psnr.mean(), "ssim": losses.ssim(v, recon).mean(),
+                       "probe": probes[0][1], "probe_tokens": probes[1][1]}
+            assert figures.keys() == content["validation"].keys()
+            for k, value in figures.items():
+                close(content["validation"][k], float(value), 1e-4)
+            by_hand = ((z.mean((2, 3)), y[chosen], tok.encode(v).mean((2, 3)), labels),
+                       (tokens.mean(1), y[chosen], tok.features(v).mean(1), labels))
+            for (found, _), expected in zip(probes, by_hand):
+                assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
+
+            pictures = torch.cat([held_x, tok.decode(tok.encode(held_x))])
+            grid = np.asarray(Image.open(d / f"stage{stage}_step00000001.png")).astype(int)
+            grid = grid.reshape(2, 32, 8, 32, 3).transpose(0, 2, 1, 3, 4).reshape(16, 32, 32, 3)
+            assert np.abs(grid - data.to_uint8(pictures)).max() <= 1
+        with recorded(tt, "training_step") as steps:
+            execute(tt, *flags, "--stage", 3, "--encode-images", 12, "--val-images", 99)
+            assert not steps, "complete"
+            execute(tt, *flags, "--stage", 3, "--overwrite", "--seed", 1)
+        crops.append(crops_in(steps))
+        for a in crops:  # eight training images; crops that start anywhere, flipped or not
+            assert len(a) == 8 and max(a) < 16 and len({min(ends) for ends in a.values()}) > 3
+            assert len({first < last for first, last in a.values()}) == 2
+        for a, b in pairwise(crops):  # of another stage, of another seed
+            assert list(a) != list(b) and any(a[i] != b[i] for i in a.keys() & b.keys())
+
+
+def test_autocast():
+    """--dtype bf16: in training E_p, A, D, LPIPS and the discriminator run in it, on images in
+    fp32; validation is in fp32."""
+    seen = []
+
+    def watched(module):
+        forward = module.forward
+
+        def watch(self, *inputs):
+            float32 = all(x.dtype == torch.float32 for x in inputs)
+            seen.append((module.__name__, torch.is_autocast_enabled("cpu"), float32))
+            return forward(self, *inputs)
+        return patch.object(module, "forward", watch)
+
+    with (folder() as d, watched(DINOv2), watched(losses.PatchGAN), watched(Perceptual),
+          patch.object(tt, "load_lpips", lambda *_: (Perceptual(), None))):
+        execute(tt, *SMALL, "--out", d, "--steps", 1, "--stage", 1, "--w-p", 1, "--dtype", "bf16")
+    networks = [("DINOv2", True, True), ("Perceptual", True, True), *[("PatchGAN", True, True)] * 3]
+    assert seen[:5] == networks
+    assert not any(autocast for _, autocast, _ in seen[5:])
+
+
+def test_seeds():
+    """A seed draws E_p (random:NAME) and the other networks, another seed others; --d and the
+    preset's disc_ch are their sizes."""
+    def begin(stage=1, *flags):
+        args = tt.parse([*SMALL, *flags])
+        start = tt.start_from_encoder(stage, args, None, None, CPU)
+        tok = start.tokenizer
+        assert tok.decoder.conv_in.in_channels == tok.d == args.d
+        assert start.discriminator.main[0].out_channels == 16
+        return [dict(part.state_dict()) for part in (
+            tok.encoder, tok.decoder, start.discriminator)]
+
+    first, again, other = begin(), begin(), begin(1, "--seed", "1", "--d", "24")
+    assert same(first, again) is None
+    for part, k in enumerate(("cls_token", "conv_out.weight", "main.0.weight")):
+        assert not torch.equal(first[part][k], other[part][k])
+    begin(0, "--d", "24")
+
+
+def test_recipe():
+    """The defaults of the preset paper: Sections 3 and 4, VA-VAE's numbers, README's choices."""
+    args = vars(tt.parse([]))
+    for name, value in {
+            "model": "aligntok", "encoder": "vitl14", "decoder": "vavae", "d": 32, "size": 256,
+            "disc_ch": 64, "data": "data/imagenet/train", "batch_size": 256, "accum": 1,
+            "lr": 1e-4, "encoder_lr": 1e-4, "w_p": 1, "w_g": 0.5, "w_sp": 1, "sp_loss": "l2",
+            "sp_at": "adapter", "w_kl": 1e-6, "w_vf": 0.1, "vf_margins": [0.5, 0.25],
+            "disc_start": 2500, "ema_decay": 0.9999, "encode_images": 50_000,
+            "steps_of": {1: 100_000, 2: 200_000, 3: 100_000, 0: 400_000}}.items():
+        assert args[name] == value, name
+    files_given = ["--vgg16", "a", "--lpips-heads", "b"]
+    for flags, w_p in (([], 0), (files_given, 1), ([*files_given, "--w-p", "0"], 0)):
+        assert tt.parse(["--preset", "tiny", *flags]).w_p == w_p
+    args = tt.parse(["--lr", "1", "--steps", "7"])
+    assert args.encoder_lr == 1 and args.steps_of == dict.fromkeys(range(4), 7)
+
+    harmless = "preset init out data val val_images steps steps_of workers compile checkpointing "
+    harmless += "log_every save_every grid_every overwrite vgg16 lpips_heads encode_images "
+    harmless += "check_data skip_unreadable pretrain_steps given encoder_given stages now dino"
+    recipe = load_file(small_run() / "stage1.pt")["recipe"].keys()
+    assert vars(args).keys() - harmless.split() == recipe - {
+        "fingerprint at the start", "list of images", "lpips"}, "what a resume must repeat"
 
 
 def test_nothing_grows_with_the_steps():
@@ -1630,54 +2977,98 @@ def test_nothing_grows_with_the_steps():
     assert not any(p.requires_grad for m in still for p in m.parameters())
 
 
-def test_ablations_of_stage_2():
-    """L_sp before the adapter, and as a cosine: zero at the first step, since stage 2 starts where
-    stage 1 ended."""
-    flags = [*SMALL, "--stage", 2, "--init", small_run() / "stage1.pt", "--steps", 2]
-    seen = set()
-    for name, more in {"l2": [], "encoder": ["--sp-at", "encoder"],
-                       "cosine": ["--sp-loss", "cosine"]}.items():
-        execute(tt, *flags, *more, "--out", TMP / f"sp-{name}")
-        first, last = rows_of(TMP / f"sp-{name}")
-        assert abs(float(first["sp"])) < 1e-6 < float(last["sp"])
-        assert bool(first["sp_to_var"]) == (name == "l2")
-        seen.add(last["sp"])
-    assert len(seen) == 3
-
-
 def test_baselines():
-    """VAE and VA-VAE: what trains, the log, an exact resume, and which flags are not theirs."""
-    flags = [*SMALL, "--accum", 2, "--steps", 3]
-    plain = [flag for flag in flags if flag not in ("--encoder", "random:tiny14")]
-    parts = {"encoder", "quant_conv", "post_quant_conv", "decoder"}
-    for name, own, trains in (("vae", plain, parts), ("vavae", flags, parts | {"linear_proj"})):
-        out = TMP / name
-        execute(tt, *own, "--model", name, "--out", out)
-        first, last = (load_file(out / f"{name}_step{step:08d}.pt") for step in (2, 3))
-        for state in (last["tokenizer"], last["ema"]):
-            moved = {k.split(".")[0] for k, v in state.items()
-                     if not torch.equal(v, first["tokenizer"][k])}
-            assert moved - {"latent_mean", "latent_std"} == trains
-        row = rows_of(out)[-1]
-        assert row["stage"] == "0" and float(row["kl"]) > 0 and not row["sp"]
-        assert bool(row["vf"]) == bool(row["vf_adaptive"]) == (name == "vavae")
-        vae = load_tokenizer(out / f"{name}.pt", VAE)
-        z = torch.randn(2, 32, 4, 4)
-        assert (vae.unnormalize(vae.normalize(z)) - z).abs().max() < 1e-5 and not vae.training
+    """A VAE's file can be read; VA-VAE resumes exactly; which flags are not theirs."""
+    execute(tt, *PLAIN, "--model", "vae", "--steps", 1, "--out", TMP / "vae")
+    vae, z = load_tokenizer(TMP / "vae" / "vae.pt", VAE), torch.randn(2, 32, 2, 2)
+    assert (vae.unnormalize(vae.normalize(z)) - z).abs().max() < 1e-5 and not vae.training
 
-    again, vavae = TMP / "vavae-again", [*flags, "--model", "vavae"]
-    execute(tt, *vavae, "--out", again, "--steps", 2)
-    execute(tt, *vavae, "--out", again)
-    assert same(last, load_file(again / "vavae_step00000003.pt")) is None
-    margins = [*vavae, "--vf-margins", 0, 0]
+    flags, a, b = [*SMALL, "--accum", 2, "--steps", 3], TMP / "vavae", TMP / "vavae-again"
+    vavae = [*flags, "--model", "vavae"]
+    execute(tt, *vavae, "--out", a)
+    execute(tt, *vavae, "--out", b, "--steps", 2)
+    execute(tt, *vavae, "--out", b)
+    last = "vavae_step00000003.pt"
+    assert same(load_file(a / last), load_file(b / last)) is None
     with refused("vf_margins"):
-        execute(tt, *margins, "--out", again, "--steps", 4)
-    execute(tt, *margins, "--out", TMP / "margins", "--steps", 1)
-    assert float(rows_of(TMP / "margins")[0]["vf"]) > float(rows_of(again)[0]["vf"]) + 0.1
+        execute(tt, *vavae, "--vf-margins", 0, 0, "--out", b, "--steps", 4)
     for words, more in {"no --stage": ["vae", "--stage", 1], "no --encoder": ["vae"],
                         "earlier stage": ["vavae", "--init", "x"]}.items():
         with refused(words):
             execute(tt, *flags, "--model", *more, "--out", TMP / "none")
+
+
+def test_vfm_vae_trains():
+    """Its four stages: what trains, what stays, the log; an exact resume, draws and all; two ranks;
+    its tokenizer serves the other scripts; each mistake is one line."""
+    run, flags = TMP / "vfm", [*SMALL, "--model", "vfmvae", "--size", 64]
+    execute(tt, *flags, "--steps", 2, "--out", run)
+    stages, finals = list(vfm_vae.STAGES), []
+    encoder = {"post_quant", "patch_quants", "final_quant", "linear_proj"}
+    for i, stage in enumerate(stages):
+        finals.append(load_file(run / f"{stage}.pt"))
+        assert finals[i]["total_steps"] == 2 * (i + 1)
+        if not i:
+            continue
+        before, now = (final["tokenizer"] for final in finals[-2:])
+        moved = {k for k, v in now.items() if not torch.equal(v, before[k])}
+        parts = {k.split(".")[1 if k.startswith("ldm") else 0] for k in moved} - {
+            "latent_mean", "latent_std"}
+        assert parts == {"weak": encoder | {"mapping", "synthesis"},
+                         "ssim": {"post_quant", "mapping", "synthesis"},
+                         "patchgan": {"synthesis"}}[stage], (stage, parts)
+        assert ("linear_proj" in str(now.keys())) == (stage == "weak")
+        assert ("latent_std" in moved) == (stage == "weak")
+        d = [{k for k, v in finals[i]["discriminator"].items() if k.startswith(part)
+              and not torch.equal(v, finals[i - 1]["discriminator"][k])}
+             for part in ("main.", "patch.")]
+        assert d[0] and bool(d[1]) == (stage == "patchgan")
+    assert {k.split(".")[2] for k in moved} == {"3", "4", "5"}, "the decoder's second half"
+    rows = rows_of(run)
+    assert [(row["stage"], row["step"]) for row in rows] == [(s, n) for s in "1234" for n in "12"]
+    for name, stages_with in {"kl": "12", "vf_adaptive": "12", "ssim": "3", "matching": "4",
+                              "multires": "1234", "d_loss": "1234"}.items():
+        assert {row["stage"] for row in rows if row[name]} == set(stages_with), name
+    opt = finals[0]["opt_d"]["param_groups"][0]
+    assert (opt["lr"], opt["betas"]) == (1e-3, (0.0, 0.99))
+
+    again, one = TMP / "vfm-again", [*flags, "--stage", "strong", "--steps"]
+    for out, steps in ((again, 1), (again, 3), (TMP / "vfm-whole", 3)):
+        execute(tt, *one, steps, "--out", out, "--save-every", 1)
+    a, b = (load_file(out / "strong_step00000003.pt") for out in (again, TMP / "vfm-whole"))
+    assert (difference := same(a, b)) is None, difference
+    complete("train_tokenizer.py", *flags, "--stage", "patchgan", "--init", run / "ssim.pt",
+             "--steps", 2, "--out", TMP / "vfm-ranks", ranks=2)
+
+    weak, last = (load_tokenizer(run / f"{stage}.pt", vfm_vae.VFMVAE)
+                  for stage in ("weak", "patchgan"))
+    prints = [files.fingerprint(t) for t in (weak, last)]
+    assert prints[0] == prints[1] and last.latent_std.min() > 0
+    with mini_size(), folder() as d:
+        execute(train_dit, *mini_dit(d), "--size", 64, "--steps", 1, "--out", d / "dit",
+                "--tokenizer", run / "patchgan.pt")
+        execute(sample, "--preset", "tiny", "--dit", d / "dit" / "dit_step00000001.pt", "-n", 2,
+                "--tokenizer", run / "weak.pt", "--steps", 2, "--out", d / "images")
+        assert Image.open(d / "images" / "000001.png").size == (64, 64)
+
+    for words, more in {
+            ("there is no", "--stage ssim"): ["--stage", "patchgan"],
+            ("is of stage strong", "continues from stage ssim"):
+                ["--stage", "patchgan", "--init", run / "strong.pt"],
+            ("dino none -> random",): ["--stage", "weak", "--init", run / "strong.pt", "--dino",
+                                       "random"],
+            ("--model vfmvae has strong, weak",): ["--stage", 1],
+            ("--init continues",): ["--stage", "strong", "--init", "x"],
+            ("latent sides by 4", "not 80"): ["--size", 80],
+            ("--batch-size 9", "equal groups of at most 8"): ["--batch-size", 9],
+            ("give its file", "siglip2"): ["--encoder", "siglip2-l16-512"],
+            ("no SigLIP2",): ["--encoder", TMP / "no-siglip.pt"],
+            ("--dino", vfm_vae.DINO_URL): ["--dino", TMP / "nothing.pth"]}.items():
+        torch.save({"vision_model.x": torch.zeros(1)}, TMP / "no-siglip.pt")
+        with refused(*words):
+            execute(tt, *flags, "--steps", 1, "--out", TMP / "vfm-none", *more)
+    with refused("--stage weak goes with --model vfmvae"):
+        execute(tt, *SMALL, "--stage", "weak", "--out", TMP / "vfm-none")
 
 
 def test_resume_is_exact():
@@ -1730,6 +3121,8 @@ def test_two_ranks_equal_one_process():
     for key, value in one.items():
         equal = value == two[key]
         assert equal or math.isclose(float(value), float(two[key]), rel_tol=1e-5, abs_tol=1e-9), key
+    d = [content["discriminator"] for content in saved]
+    assert all(torch.allclose(d[0][k], d[1][k]) for k in d[0] if "running" in k or "num_" in k)
     # Adam's first moments are half the first gradients. That both ranks hold the same weights is
     # check_weights' part, before each checkpoint.
     for part in ("opt_g", "opt_d"):
@@ -1775,8 +3168,9 @@ def test_tokenizer_errors():
             ("cannot write",): ["--out", TMP / "a-file" / "x"]}.items():
         with refused(*words):
             execute(tt, *SMALL, "--steps", 1, "--out", out, *flags)
-    with runs.Run(out, 0, tt.COLUMNS), refused("another run"):
-        execute(tt, *SMALL, "--steps", 1, "--out", out)
+    if files.fcntl:
+        with runs.Run(out, 0, tt.COLUMNS), refused("another run"):
+            execute(tt, *SMALL, "--steps", 1, "--out", out)
     assert "cut.pt" in error_of(load_tokenizer, cut)
     assert "take the stage's final one" in error_of(load_tokenizer, resume)
 
@@ -1794,10 +3188,20 @@ def test_train_dit():
         assert same(*(load_file(out / "dit_step00000004.pt") for out in (a, b))) is None
         assert (a / "log.csv").read_bytes() == (b / "log.csv").read_bytes()
 
-        execute(train_dit, *ours, "--out", d / "clipped", "--steps", 1, "--clip", 1e-3)
-        moments = load_file(d / "clipped" / "dit_step00000001.pt")["opt"]["state"].values()
-        norm = torch.cat([m["exp_avg"].flatten() for m in moments]).norm()
-        close(norm.item(), 0.1 * 1e-3, 1e-5)  # AdamW's first moment: (1 - .9) of the gradient
+        saved = load_file(a / "dit_step00000004.pt")
+        assert saved.pop("classes") == sorted(set(Shapes(n=24).classes)), "names of the folders"
+        (d / "old").mkdir()  # of before there were names
+        save_checkpoint(d / "old" / "dit_step00000004.pt", saved)
+        for out, words in ((a, ["11 = triangle", "3 = cross"]), (d / "old", [])):
+            ends = ["--tokenizer", d / "tok.pt", "--preset", "tiny", "--steps", 1, "--grid",
+                    d / "grid.png", "--dit", out / "dit_step00000004.pt", "-n", 2, "--labels"]
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                execute(sample, *ends, "triangle,cross" if words else "11,3")
+            assert all(word in said.getvalue() for word in words), said.getvalue()
+        execute(train_dit, *ours, "--out", d / "old", "--steps", 5, "--cache", a / "latents.npy")
+        save_checkpoint(d / "old" / "dit.pt", saved | {"classes": ["a", 1]})
+        with refused("dit.pt", "not 12 strings"):
+            execute(sample, "--tokenizer", d / "tok.pt", "--dit", d / "old" / "dit.pt")
 
         tokenizer, cache = small_tokenizer(), np.load(a / "latents.npy", mmap_mode="r")
         images = data.open_folders(d / "data" / "train", None, 1)[0]
@@ -1808,20 +3212,54 @@ def test_train_dit():
         args = train_dit.parse([str(flag) for flag in ours])
         cached, fresh = (train_dit.FlowData(images, latents, (8, 2, 2), 12, args)
                          for latents in (cache, None))
-        (z0, *rest), (x, *same_rest) = cached[0, 5], fresh[0, 5]
-        assert same(rest, same_rest) is None
-        z = tokenizer.normalize(tokenizer.encode(x[None]))[0]
-        assert (z0 - z).abs().max() < 2e-3 * z.abs().max()
-        draws = [cached[epoch, i] for epoch in range(40) for i in range(24)]
-        assert 0.07 < np.mean([y == 12 for _, y, _, _ in draws]) < 0.13  # --label-drop 0.1
-        normal = torch.stack([n for _, _, n, _ in draws])
-        assert abs(normal.mean()) < 0.15 and abs(normal.std() - 1) < 0.1
+        for i in range(5):
+            (z0, *rest), (x, *same_rest) = cached[0, i], fresh[0, i]
+            assert same(rest, same_rest) is None
+            assert rest[0] in (12, images.classes.index(Path(images.path(i)).parent.name))
+            upright = data.to_tensor(data.Crops(images, 32)[0, i][0])
+            assert torch.equal(x, upright) or torch.equal(x, upright.flip(2))
+            z = tokenizer.normalize(tokenizer.encode(x[None]))[0]
+            assert (z0 - z).abs().max() < 2e-3 * z.abs().max()
+        items = [(epoch, i) for epoch in range(40) for i in range(24)]
+        z0, y, normal, z1 = zip(*(cached[item] for item in items))
+        flipped = [np.array_equal(z, cache[i, 1]) for z, (_, i) in zip(z0, items)]
+        dropped = np.equal(y, 12)
+        assert 0.45 < np.mean(flipped) < 0.55 and 0.07 < np.mean(dropped) < 0.13
+        assert 0.3 < np.mean(np.array(flipped)[dropped]) < 0.7, "of each other they know nothing"
+        for x in (torch.stack(normal), torch.stack(z1)[:, 0, 0, 0], z1[0], z1[1]):
+            assert abs(x.mean()) < 0.4 and abs(x.std() - 1) < 0.3
+        args.seed, args.label_drop = 1, 0.4
+        other = train_dit.FlowData(images, cache, (8, 2, 2), 12, args)
+        assert not torch.equal(other[0, 5][3], cached[0, 5][3])
+        assert 0.35 < np.mean([other[item][1] == 12 for item in items]) < 0.45
+
+        # what changes the rounding alone may change, and is named
+        shutil.copytree(a, d / "a5")
+        execute(train_dit, *ours, "--out", d / "a5", "--steps", 5)
+        for step, flags, words in ((5, ["--accum", 4], "accum 1 -> 4"),
+                                   (6, ["--dtype", "bf16", "--accum", 4], "float32 -> bfloat16")):
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                execute(train_dit, *ours, "--out", b, "--steps", step, *flags)
+            assert said.getvalue().count(words) == 1
+        one, four = (load_file(out / "dit_step00000005.pt")["ema"] for out in (d / "a5", b))
+        assert same(one, four) and all((one[k] - four[k]).abs().max() < 1e-5 for k in one)
+
+        content = load_file(d / "tok.pt") | {"recipe": {"size": 32}}
+        save_checkpoint(d / "sized.pt", content)
+        flags = [flag for flag in ours if flag not in ("--size", "32")]
+        sized = ["--tokenizer", d / "sized.pt", "--out", d / "sized"]
+        execute(train_dit, *flags, *sized, "--steps", 1)
+        assert load_file(d / "sized" / "dit_step00000001.pt")["recipe"]["size"] == 32
 
         other = save_tokenizer(small_tokenizer(seed=1), d / "other.pt")
         for words, flags in {
                 ("latents.npy", "tokenizer"): ["--tokenizer", other],
                 ("latents.npy", "(data "): ["--data", write_shapes(d / "fewer", 23)],
-                ("dit_step00000004.pt", "lr 0.002 -> 0.1"): ["--lr", 0.1],
+                ("dit_step00000004.pt", "lr 0.002 -> 0.1", "qk_norm", "batch_size", "beta2", "clip",
+                 "w_cos", "label_drop", "ema_decay", "seed 0 -> 1", "cached True"): [
+                    "--lr", 0.1, "--qk-norm", "--batch-size", 4, "--beta2", 0.5, "--clip", 2,
+                    "--w-cos", 0, "--label-drop", 0, "--ema-decay", 0.5, "--seed", 1,
+                    "--no-cache"],
                 ("--steps",): ["--steps", 0],
                 ("--batch-size 9",): ["--batch-size", 9, "--accum", 2]}.items():
             with refused(*words):
@@ -1901,7 +3339,7 @@ def test_guidance_from_text():
     for i in range(4):
         z1 = torch.from_numpy(data.rng(0, "noise", i).standard_normal((8, 2, 2), np.float32))[None]
         with torch.no_grad():
-            v, v_null = (net(z1, torch.ones(1), captions.unpack(torch.from_numpy(row[None]), 5, 7))
+            v, v_null = (net(z1, torch.ones(1), torch.from_numpy(row[None]))
                          for row in (text[i % 2], text[2]))
         z0 = z1 - (v_null + 3 * (v - v_null))
         want = tokenizer.decode(tokenizer.unnormalize(z0))
@@ -1912,11 +3350,217 @@ def test_guidance_from_text():
     close(t[1].item(), math.exp(mu) / (math.exp(mu) + 1 / plain - 1), 1e-6)
 
 
+def plain_training(net, batches, lr, beta2, clip, w_cos, ema_decay):
+    """AdamW on the paper's objective with w_cos, in plain loops. batches: for each step its
+    micro-batches. The weights, their EMA, and each step's row of log.csv (NaN: none)."""
+    weights = [p for p in net.parameters() if p.requires_grad]
+    m, v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    ema, rows = [w.detach().clone() for w in weights], []
+    for step, micro_batches in enumerate(batches, 1):
+        grads, seen, images = [0 for _ in weights], [], []
+        for z0, y, normal, z1 in micro_batches:
+            t = (1 / (1 + torch.exp(-normal))).view(-1, 1, 1, 1)
+            found, u = net((1 - t) * z0 + t * z1, t.flatten(), y), z1 - z0
+            errors = ((found - u) ** 2).mean((1, 2, 3))
+            mse = errors.mean()
+            cosine = ((found * u).sum(1) / found.norm(dim=1) / u.norm(dim=1)).mean()
+            loss = mse + w_cos * (1 - cosine)
+            own = torch.autograd.grad(loss, weights)
+            grads = [g + o / len(micro_batches) for g, o in zip(grads, own)]
+            seen.append([loss.item(), mse.item(), 1 - cosine.item()])
+            images += zip(t.flatten().tolist(), errors.tolist())
+        norm = math.sqrt(sum((g ** 2).sum().item() for g in grads))
+        bins = [[e for t, e in images if i <= 5 * t < i + 1] for i in range(5)]
+        by_time = [sum(e) / len(e) if e else math.nan for e in bins]
+        rows.append([*np.mean(seen, axis=0), norm, *by_time])
+        for k, g in enumerate(grads):
+            g = g * min(1, clip / norm)
+            m[k] = 0.9 * m[k] + 0.1 * g
+            v[k] = beta2 * v[k] + (1 - beta2) * g ** 2
+            root = (v[k] / (1 - beta2 ** step)).sqrt() + 1e-8
+            weights[k].data -= lr * m[k] / (1 - 0.9 ** step) / root
+            ema[k] = ema_decay * ema[k] + (1 - ema_decay) * weights[k].detach()
+    return weights, ema, rows
+
+
+def test_generator_against_plain_loops():
+    """Two steps of two micro-batches, no flag at its default: weights, EMA and log are those of
+    plain loops over the cached latents. sample.py takes the EMA."""
+    def planted(*args):
+        s, latents = set_up(*args)
+        assert same(s.model.state_dict(), s.ema.state_dict()) is None, "a copy at start"
+        begun.append(random_weights(copy.deepcopy(s.model)))  # at first gates are shut, v is 0
+        s.model.load_state_dict(begun[0].state_dict())
+        s.ema.load_state_dict(begun[0].state_dict())
+        return s, latents
+
+    def wrapped(module, _):  # in DDP's place; past it the ranks would not share gradients
+        return lambda *inputs: passed.append(len(inputs[0])) or module(*inputs)
+
+    begun, passed, set_up = [], [], train_dit.set_up
+    with folder() as d, mini_size():
+        ours = [*mini_dit(d), "--steps", 2, "--accum", 2, "--log-every", 1, "--seed", 5, "--lr",
+                0.01, "--beta2", 0.8, "--clip", 0.5, "--w-cos", 0.3, "--label-drop", 0.4,
+                "--ema-decay", 0.7, "--qk-norm", "--out", d / "run"]
+        with (patch.object(train_dit, "set_up", planted), patch.object(runs, "wrap", wrapped),
+              recorded(runs, "no_sync") as synced, recorded(train_dit, "generate") as grids):
+            execute(train_dit, *ours)
+        assert [skip for (_, skip), _ in synced] == [True, False] * 2 and passed == [4] * 4
+        args = train_dit.parse(list(map(str, ours)))
+        images = data.open_folders(args.data, args.val, 1)[0]
+        flow = train_dit.FlowData(images, np.load(d / "run" / "latents.npy"), (8, 2, 2), 12, args)
+        order = iter(data.ShuffledBatches(24, 8, (5, "order"), accum=2))
+        micro = [torch.utils.data.default_collate([flow[i] for i in next(order)]) for _ in range(4)]
+        assert parameters(begun[0].blocks[0].attn.q_norm) and (micro[0][1] == 12).any()
+        first = [p.detach().clone() for p in begun[0].parameters() if p.requires_grad]
+        weights, ema, rows = plain_training(
+            begun[0], (micro[:2], micro[2:]), 0.01, 0.8, 0.5, 0.3, 0.7)
+
+        path = d / "run" / "dit_step00000002.pt"
+        saved = load_file(path)
+        names = [k for k, p in begun[0].named_parameters() if p.requires_grad]
+        for part, expected in (("model", weights), ("ema", ema)):
+            off, moved = (torch.stack([(x - y).norm() for x, y in zip(pair, expected)]).norm()
+                          for pair in ([saved[part][k] for k in names], first))
+            assert off < 1e-5 * moved, (part, off / moved)
+        for row, expected in zip(rows_of(d / "run"), rows):
+            found = [float(value or "nan") for value in row.values()]
+            assert np.allclose(found[1:], expected, rtol=1e-4, equal_nan=True), row
+        assert rows[0][3] > 0.5, "clipped"
+        flags = sample.parse(["--dit", str(path), "--tokenizer", str(d / "tok.pt")])
+        assert same(sample.load_pair(flags)[0].state_dict(), saved["ema"]) is None
+        # a picture of the EMA at the end, a class a row, without guidance
+        (network, _, _, labels, seed, _), (_, evaluations) = grids[0]
+        assert same(network.state_dict(), saved["ema"]) is None and seed == 5
+        assert evaluations == (20, 0)
+        assert labels.tolist() == [*range(12)] * 8
+
+
+def test_generator_flags():
+    """What the flags that the loops above leave alone do, each by its effect."""
+    with folder() as d, mini_size(), patch.object(train_dit, "sample_grid") as grid:
+        ours, out = [*mini_dit(d), "--steps", 1, "--log-every", 1], d / "out"
+
+        def trained(*flags):
+            execute(train_dit, *ours, "--cache", d / "z.npy", "--out", out, "--overwrite", *flags)
+            row = rows_of(out)[0]
+            saved = load_file(max(out.glob("dit_step*.pt")))
+            return saved, float(row["loss"]), float(row["grad_norm"])
+
+        with (recorded(runs, "checkpoint_activations") as checkpointed,
+              recorded(train_dit, "open_folders") as opened,
+              patch("torch.compile", side_effect=lambda f, **_: f) as compiled):
+            saved, loss, norm = trained()
+            assert not checkpointed and not compiled.called
+            trained("--compile", "--checkpointing", "--val-images", 7)
+            assert len(checkpointed) == compiled.call_count == 1
+            assert opened[1][0] == (*(str(d / "data" / part) for part in ("train", "val")), 7)
+        other = trained("--steps", 3, "--save-every", 2, "--log-every", 3, "--seed", 1)[0]
+        moved = [part["model"]["x_embedder.proj.weight"] for part in (saved, other)]
+        assert (moved[0] - moved[1]).abs().max() > 0.1, "another start, though lr is 0.002"
+        assert [row["step"] for row in rows_of(out)] == ["3"]
+        assert [p.name[-4:] for p in sorted(out.glob("*.pt"))] == ["2.pt", "3.pt"]
+        drawn = [call[0][2].name[-5:] for call in grid.call_args_list]
+        assert drawn == ["1.png", "1.png", "3.png"]
+        assert saved["arguments"]["dim"] == 32 and saved["arguments"]["num_classes"] == 12
+        assert (d / "z.npy").exists() and not (out / "latents.npy").exists()
+        assert trained("--unconditional")[0]["arguments"]["num_classes"] == 0
+        (d / "z.npy").unlink()  # --no-cache reads none, and sees the same latents
+        fresh = trained("--no-cache")[1:]
+        assert np.allclose(fresh, [loss, norm], rtol=2e-3) and not (d / "z.npy").exists()
+        assert 0 < abs(trained("--dtype", "bf16")[2] - norm) < 0.02 * norm
+
+        with (patch.object(runs, "setup_ranks", lambda: (1, 2, CPU)),
+              recorded(train_dit, "ShuffledBatches") as orders):
+            execute(train_dit, *ours, "--accum", 2, "--no-cache", "--out", d / "rank1")
+        second = iter(orders[0][1])
+        whole = iter(data.ShuffledBatches(24, 8, (0, "order"), accum=2))
+        assert [next(second) for _ in range(2)] == [next(whole)[2:] for _ in range(2)]
+
+        first = min((d / "data" / "train").glob("*/*.png"))
+        Image.new("RGB", (32, 32)).save(first)  # under the same name
+        with refused("z.npy", "pixels"):
+            execute(train_dit, *ours, "--cache", d / "z.npy", "--out", d / "again")
+        with (patch.object(train_dit, "set_up", side_effect=UserError("seen")) as set_up,
+              refused("seen")):
+            execute(train_dit, *ours[:2], "--tokenizer", d / "tok.pt", "--size", 32, "--out",
+                    d / "shapes")
+        assert set_up.call_args[0][3].split == "train"
+
+
+def test_published_recipes():
+    """The preset paper: LightningDiT's training for 80K steps, and its sampler with t turned."""
+    for script, published in (
+            (train_dit, {"model": "XL/1", "steps": 80_000, "batch_size": 1024,
+                         "accum": 1, "lr": 2e-4, "beta2": 0.95, "ema_decay": 0.9999, "clip": 1,
+                         "w_cos": 1, "label_drop": 0.1, "qk_norm": False}),
+            (sample, {"steps": 250, "method": "euler", "shift": 1 / 0.3, "labels": "balanced",
+                      "cfg_interval": (0, 1 - 0.11), "cfg_channels": None, "seed": 0})):
+        args = vars(script.parse([]))
+        assert {k: args[k] for k in published} == published
+
+
+def test_workers_open_the_latents():
+    """What a worker that is not a fork receives: the path of the memory map, not its content."""
+    path, args = TMP / "map.npy", SimpleNamespace(label_drop=0.5, size=32, seed=0)
+    latents = np.lib.format.open_memmap(path, "w+", np.float16, (999, 2, 8, 16, 16))
+    latents[:] = 3
+    latents.flush()
+    latents = np.load(path, mmap_mode="r")
+    ours = train_dit.FlowData(Shapes(n=999, size=32), latents, (8, 16, 16), 12, args)
+    sent = pickle.dumps(ours)
+    assert latents.nbytes > 8e6 and len(sent) < 1e4
+    theirs = pickle.loads(sent)
+    assert isinstance(theirs.latents, np.memmap)
+    assert all(same(ours[0, i], theirs[0, i]) is None for i in (0, 998))
+    fresh = train_dit.FlowData(Shapes(n=9, size=32), None, (8, 2, 2), 12, args)
+    assert same(fresh[1, 5], pickle.loads(pickle.dumps(fresh))[1, 5]) is None
+
+
 def test_loss_by_time():
     """The squared error in five equal bins of t."""
     t = torch.tensor([0.0, 1.0, 0.25, 0.3])
     sums, numbers = train_dit.by_time(torch.tensor([1.0, 2, 4, 8]), t)
     assert sums.tolist() == [1, 12, 0, 0, 2] and numbers.tolist() == [1, 2, 0, 0, 1]
+
+
+def test_updates_against_loops():
+    """Two updates of each script: the fused optimiser, the clip, the EMA and zero_grad, against
+    loops over single numbers; what is frozen stays as it is."""
+    conv, last = torch.nn.Conv2d(2, 3, 2), torch.nn.Conv2d(3, 1, 1)
+    net = torch.nn.Sequential(conv, torch.nn.GroupNorm(1, 3), frozen(last))
+    net.to(memory_format=torch.channels_last)
+    for script, adam, (b1, b2), clip in ((tt, torch.optim.Adam, (0.5, 0.9), math.inf),
+                                         (train_dit, torch.optim.AdamW, (0.9, 0.95), 0.1)):
+        model, ema = copy.deepcopy(net), frozen(copy.deepcopy(net))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        averaged = list(ema.parameters())[:len(trained)]
+        opt = adam(trained, 0.01, betas=(b1, b2), weight_decay=0, fused=True)
+        s = SimpleNamespace(tokenizer=model, model=model, ema=ema, trained=trained, opt=opt,
+                            opt_g=opt, opt_d=None)
+        args = SimpleNamespace(clip=clip, ema_decay=0.7)
+
+        def numbers(tensors):
+            return torch.cat([p.detach().flatten() for p in tensors]).tolist()
+
+        w = numbers(trained)
+        e, m, v = list(w), [0.0] * len(w), [0.0] * len(w)
+        for t in (1, 2):
+            for p in trained:
+                p.grad = torch.randn_like(p)
+            g = numbers(p.grad for p in trained)
+            script.update(s, args, *([False] if script is tt else []))
+            scale = min(1, clip / math.sqrt(sum(x * x for x in g)))
+            for i, x in enumerate(g):
+                m[i] = b1 * m[i] + (1 - b1) * scale * x
+                v[i] = b2 * v[i] + (1 - b2) * (scale * x) ** 2
+                w[i] -= 0.01 * m[i] / (1 - b1 ** t) / (math.sqrt(v[i] / (1 - b2 ** t)) + 1e-8)
+                e[i] = 0.7 * e[i] + 0.3 * w[i]
+            for found, expected in ((numbers(trained), w), (numbers(averaged), e)):
+                assert np.allclose(found, expected, rtol=1e-5, atol=1e-7)
+            assert all(p.grad is None for p in trained)
+        for part in (model, ema):
+            assert torch.equal(part[2].weight, last.weight) and torch.equal(part[2].bias, last.bias)
 
 
 # ---------------------------------------------------------------------------------------- sample.py
@@ -1974,9 +3618,9 @@ def test_guidance():
     assert torch.equal(sample.Velocity(net, y)(z, 0.5), v) and net.batches == [2]
     velocity = sample.Velocity(net, y, cfg=3.0, interval=(0.1, 0.5))
     assert torch.allclose(velocity(z, 0.5), guided) and net.batches == [2, 4]
-    velocity(z, 0.51), velocity(z, 0.05)
-    assert net.batches == [2, 4, 2, 2]
-    assert (velocity.conditional, velocity.unconditional) == (3, 1)
+    velocity(z, 0.51), velocity(z, 0.05), velocity(z, 0.1)
+    assert net.batches == [2, 4, 2, 2, 4]
+    assert (velocity.conditional, velocity.unconditional) == (4, 2)
     three = sample.Velocity(net, y, cfg=3.0, channels=3)(z, 0.5)
     assert torch.allclose(three[:, :3], guided[:, :3]) and torch.equal(three[:, 3:], v[:, 3:])
     for method, evaluations in (("euler", 7), ("heun", 14)):  # N steps are N intervals
@@ -1992,10 +3636,38 @@ def test_labels():
     few, many = (sample.choose_labels("random", 10, n, 1) for n in (20, 200))
     assert (many[:20] == few).all() and set(many) == set(range(10))
     assert sample.choose_labels("balanced", 0, 5, 0) is None
+    pets = ["0", "cat", "dog"]
+    assert sample.choose_labels("dog,0,cat", 3, 4, 0, pets).tolist() == [2, 0, 1, 2]
+    assert sample.name_labels(np.array([2, 1, 2]), pets) == "1 = cat, 2 = dog"
+    assert sample.name_labels(np.arange(3), pets, 2) == "0 = 0, 1 = cat and 1 more"
+    with refused("'dgo'", "close to it: dog"):
+        sample.choose_labels("dgo", 3, 5, 0, pets)
     for spec in ("3", "0,-1", "dog"):
-        with refused("--labels", spec):
+        with refused("--labels", spec, "0 to 2"):
             sample.choose_labels(spec, 3, 5, 0)
     assert "unconditional" in error_of(sample.choose_labels, "1", 0, 5, 0)
+
+
+def test_sample_grid():
+    """A class a row where all have as many images, else eight a row."""
+    images, labels = torch.arange(24.0).view(24, 1, 1, 1), np.arange(24) % 3
+    rows = sample.grid_rows(images, labels)
+    assert [row.flatten().tolist() for row in rows] == [list(range(k, 24, 3)) for k in range(3)]
+    assert [len(row) for row in sample.grid_rows(images[:23], labels)] == [8, 8]
+
+
+def test_sample_of_ranks():
+    """Two ranks, here threads, draw every image once between them."""
+    def draw(batch):
+        drawn.extend(batch)
+        return torch.tensor(batch).view(-1, 1, 1, 1).expand(-1, 3, 4, 4) / 127.5 - 1
+
+    drawn, wait = [], threading.Barrier(2, timeout=20).wait
+    with folder() as d, patch.object(runs, "barrier", wait), ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rank: sample.write_pngs(d, draw, 7, 2, {}, False, rank, 2), (0, 1)))
+        assert sorted(drawn) == list(range(7))
+        for i in range(7):
+            assert (np.array(Image.open(d / f"{i:06d}.png")) == i).all()
 
 
 def test_images_do_not_depend_on_the_batch():
@@ -2015,20 +3687,105 @@ def test_images_do_not_depend_on_the_batch():
 
 def test_official_dit():
     """Only names and shapes to go by; strict; and the other time direction."""
-    dit = random_weights(small_dit(qk_norm=True))
+    dit = random_weights(small_dit(qk_norm=True, patch=2, grid=[4, 4]))
     state, path = dit.state_dict(), TMP / "dit.pt"
     z, y = torch.randn(2, 4, 4, 4), torch.tensor([1, 2])
-    torch.save({"ema": state, "model": {}}, path)
-    loaded, content = sample.load_dit(path)
-    assert "recipe" not in content and loaded.arguments == dit.arguments
+    other = prefixed("module.", {k: v + 1 for k, v in state.items()})
+    for content in (state, {"model": prefixed("_orig_mod.module.", state)},
+                    {"model": other, "ema": state}):
+        torch.save(content, path)
+        loaded, content = sample.load_dit(path)
+        assert "recipe" not in content and loaded.arguments == dit.arguments
+        assert same(loaded.state_dict(), state) is None
     with torch.no_grad():
         v = sample.Velocity(loaded, y, time="lightning")(z, 0.3)
         assert torch.equal(v, -dit(z, torch.tensor([0.7, 0.7]), y))
     del state["blocks.1.attn.k_norm.weight"]
-    for content, word in (({"ema": state}, "k_norm"), ({"model": state}, "ema")):
-        torch.save(content, path)
-        with refused("dit.pt", word):
-            sample.load_dit(path)
+    torch.save({"ema": state}, path)
+    with refused("dit.pt", "k_norm"):
+        sample.load_dit(path)
+
+
+def plain_samples(dit, tokenizer, n=5, seed=0, steps=2, shift=1.0, heun=False, cfg=3.0,
+                  interval=(0, 1), channels=8, labels=(0, 1, 2), lightning=False, mean=None,
+                  std=None):
+    """uint8 (n, H, W, 3) by plain loops from sample.py's docstring."""
+    def velocity(z, t):
+        def v(y):
+            times = torch.full((n,), float(1 - t if lightning else t))
+            return (-1 if lightning else 1) * dit(z, times, y)
+
+        found = v(y)
+        if interval[0] <= t <= interval[1]:
+            guided = (1 - cfg) * v(torch.full_like(y, 3)) + cfg * found
+            found = torch.cat([guided[:, :channels], found[:, channels:]], 1)
+        return found
+
+    z = torch.from_numpy(np.stack([data.rng(seed, "noise", i).standard_normal((8, 2, 1), np.float32)
+                                   for i in range(n)]))
+    y = torch.tensor([labels[i % len(labels)] for i in range(n)])
+    for k in range(steps, 0, -1):
+        t, t_next = (shift * a / (1 + (shift - 1) * a) for a in (k / steps, (k - 1) / steps))
+        v = velocity(z, t)
+        if heun:
+            v = (v + velocity(z - (t - t_next) * v, t_next)) / 2
+        z = z - (t - t_next) * v
+    mean = tokenizer.latent_mean if mean is None else mean
+    std = tokenizer.latent_std if std is None else std
+    x = tokenizer.decode(z * std.view(-1, 1, 1) + mean.view(-1, 1, 1)).permute(0, 2, 3, 1)
+    return np.floor((x.numpy() + 1) * 127.5 + 0.5).clip(0, 255)
+
+
+@torch.no_grad()
+def test_sample_flags():
+    """Each flag by its effect on the images, beside all flags before it, against plain loops. The
+    images of one value do not serve for another."""
+    tokenizer = small_tokenizer()
+    dit = random_weights(small_dit(depth=1, d=8, num_classes=3, grid=(2, 1)))
+    stats = {"mean": torch.full((8,), 0.7), "std": torch.full((1, 8, 1, 1), 2.0)}
+    drawn = [int(data.rng(4, "label", i).integers(3)) for i in range(5)]
+    with folder() as d, patch.object(sample, "load_tokenizer", lambda *_: copy.deepcopy(tokenizer)):
+        torch.save(stats, d / "stats.pt")
+        flags, changed, last = [], {}, 0
+        ours = ["--tokenizer", save_tokenizer(tokenizer, d / "tok.pt"), "--dit",
+                save_dit(dit, d / "dit.pt", tokenizer), "--preset", "tiny", "--steps", 2, "-n", 5,
+                "--dtype", "fp32", "--out", d / "a.npz"]
+        for more, change in (
+                ([], {}),
+                (["--seed", 4], {"seed": 4}),
+                (["--labels", "random"], {"labels": drawn}),
+                (["--labels", "2,0"], {"labels": (2, 0)}),
+                (["--steps", 3], {"steps": 3}),
+                (["--shift", 3], {"shift": 3}),  # times 1, .857, .6, 0
+                (["--cfg", 1.5], {"cfg": 1.5}),
+                (["--cfg-interval", 0.7, 1], {"interval": (0.7, 1)}),
+                (["--cfg-interval", 0, 0.7], {"interval": (0, 0.7)}),
+                (["--cfg", 5], {"cfg": 5}),
+                (["--cfg-channels", 3], {"channels": 3}),
+                (["--method", "heun"], {"heun": True}),
+                (["--time", "lightning"], {"lightning": True}),
+                (["--latent-stats", d / "stats.pt"], stats),
+                (["--cfg", 1], {"cfg": 1})):
+            flags, changed = flags + more, changed | change
+            want = plain_samples(dit, tokenizer, **changed)
+            assert np.abs(want - last).max() > 3, more
+            execute(sample, *ours, *flags, "--overwrite")
+            last = np.load(d / "a.npz")["arr_0"].astype(float)
+            assert np.abs(last - want).max() <= 1, more
+        with recorded(sample, "generate") as calls:
+            for out in (d / "b", d / "b.npz"):
+                execute(sample, *ours, *flags, "--dtype", "bf16", "--batch-size", 2, "--out", out)
+        assert [len(images) for _, (images, _) in calls] == [2, 2, 1] * 2
+        bf16 = calls[0][1][0]
+        assert bf16.dtype == torch.float32, "the decoder's"
+        assert 1 < np.abs(data.to_uint8(bf16) - last[:2]).max() < 30
+
+        save_dit(random_weights(dit, 1), d / "dit.pt", tokenizer)
+        with refused("a.npz", "generator"):
+            execute(sample, *ours, *flags)
+        for step in (4, 12):
+            (d / f"dit_step{step:08d}.pt").touch()
+        assert sample.last_dit(d).name == "dit_step00000012.pt"
 
 
 def test_sample_files():
@@ -2044,10 +3801,7 @@ def test_sample_files():
         execute(sample, *ours, "--out", npz, "--batch-size", 2)
         with np.load(npz) as f:
             images = f["arr_0"]
-        want, _ = sample.generate(dit, tokenizer, np.arange(5), np.arange(5) % 3, 0,
-                                  sample.time_grid(2), cfg=3.0)
         assert images.shape == (5, 32, 16, 3) and images.dtype == np.uint8
-        assert np.abs(images.astype(int) - data.to_uint8(want)).max() <= 1
         execute(sample, *ours, "--out", pngs, "--batch-size", 5)
         (pngs / "000003.png").unlink()
         execute(sample, *ours, "--out", pngs, "--grid", d / "grid.png")
@@ -2055,14 +3809,32 @@ def test_sample_files():
         assert [f.name for f in found] == [f"{i:06d}.png" for i in range(5)]
         again = np.stack([np.array(Image.open(f)) for f in found])
         assert np.abs(again.astype(int) - images).max() <= 1
-        assert Image.open(d / "grid.png").size == (5 * 16, 32)
+        grid = np.array(Image.open(d / "grid.png")).astype(int)
+        assert np.abs(grid - np.concatenate(images, axis=1)).max() <= 1
 
         (d / "s.npz.parts").mkdir()
         for out, held in ((npz, d / "s.npz.parts" / ".lock"), (pngs, pngs / ".lock")):
-            with files.lock(held, ""), refused("another process", out.name):
-                execute(sample, *ours, "--out", out)
+            if files.fcntl:
+                with files.lock(held, ""), refused("another process", out.name):
+                    execute(sample, *ours, "--out", out)
             with refused(out.name, "seed 0 -> 1"):
                 execute(sample, *ours, "--out", out, "--seed", 1)
+        # --overwrite deletes what was made there, and nothing of the user's
+        users = {"cat.png", "000007.png"}
+        for name in users:
+            (pngs / name).touch()
+        execute(sample, *ours, "--out", pngs, "--overwrite", "--seed", 1, "--num", 3)
+        assert {p.name for p in pngs.glob("*.png")} == {
+            "000000.png", "000001.png", "000002.png", *users}
+        assert not np.array_equal(Image.open(pngs / "000000.png"), again[0])
+        (pngs / "000003.png").write_text("the user's")
+        with refused("000003.png is none of the 3 images"):
+            execute(sample, *ours, "--out", pngs, "--seed", 1)
+        (d / "mine").mkdir()
+        (d / "mine" / "cat.png").touch()
+        with refused("mine was not made by this script"):
+            execute(sample, *ours, "--out", d / "mine", "--overwrite")
+        assert (d / "mine" / "cat.png").exists()
         (pngs / "sampling.json").write_text('{"seed": 0')
         with refused("sampling.json"):
             execute(sample, *ours, "--out", pngs)
@@ -2076,6 +3848,8 @@ def test_sample_errors():
                 "--tokenizer", save_tokenizer(tokenizer, d / "tok.pt")]
         four = save_tokenizer(small_tokenizer(d=4), d / "4.pt")
         other = save_tokenizer(small_tokenizer(seed=1), d / "other.pt")
+        tokenizer.latent_std.zero_()
+        blank = save_tokenizer(tokenizer, d / "blank.pt")
         torch.save({"ema": dit.state_dict()}, d / "official.pt")
         torch.save({"mean": torch.zeros(3)}, d / "stats.pt")
         for words, flags in {
@@ -2084,9 +3858,12 @@ def test_sample_errors():
                 ("--labels 3", "0 to 2"): ["--labels", 3],
                 ("missing.pt", "train_tokenizer.py"): ["--tokenizer", d / "missing.pt"],
                 ("missing.pt",): ["--dit", d / "missing.pt"],
+                ("--out cat.png", "--grid cat.png"): ["--out", "cat.png"],
                 ("4 latent channels", "takes 8"): ["--tokenizer", four],
                 ("another tokenizer",): ["--tokenizer", other],
                 ("--time",): ["--dit", d / "official.pt"],
+                ("blank.pt", "no latent statistics"): [
+                    "--dit", d / "official.pt", "--time", "paper", "--tokenizer", blank],
                 ("stats.pt", "8 channels"): ["--latent-stats", d / "stats.pt"]}.items():
             with refused(*words):
                 execute(sample, *ours, *flags)
@@ -2148,6 +3925,13 @@ def test_precision_recall_by_hand():
     assert fid.precision_recall(ref, samples, k=1) == (0.5, 0.25)
     assert fid.precision_recall(ref, ref, k=3) == (1.0, 1.0)
     assert fid.precision_recall(ref, ref + 100, k=3) == (0.0, 0.0)
+    x = torch.randn(100, 200, generator=torch.Generator().manual_seed(0)).abs()
+    x[:30] = x[0]  # more than k equal images: their balls have radius 0
+    rounding = 1 + 1e-7 * torch.randn(100, 200, generator=torch.Generator().manual_seed(1))
+    for again in (x, x.flip(0), torch.cat([x, x[:50]]), x * rounding):
+        assert fid.precision_recall(x, again) == fid.precision_recall(again, x) == (1.0, 1.0)
+    ones = torch.ones(5, 1)
+    assert fid.precision_recall(ones, ones + 1e-4) == (0.0, 0.0)  # near, and not equal
 
 
 def test_kid_by_hand():
@@ -2157,6 +3941,7 @@ def test_kid_by_hand():
     x = torch.randn(60, 4, generator=torch.Generator().manual_seed(3))
     assert fid.kid(x, x + 1, size=10) == fid.kid(x, x + 1, size=10)
     assert fid.kid(x, x + 1, size=10) != fid.kid(x, x + 1, size=10, seed=1)
+    assert fid.kid(torch.rand(1010, 2), torch.rand(1020, 2), subsets=1)[2] == 1000
 
 
 def test_inception_score_closed_forms():
@@ -2167,6 +3952,8 @@ def test_inception_score_closed_forms():
     by_class = 100 * torch.eye(2).repeat_interleave(5000, 0)  # each chunk of 5000 is one class
     close(fid.inception_score(by_class)[0], 1, 1e-6)
     close(fid.inception_score(by_class, splits=4)[0], 2, 1e-2)
+    two = torch.cat([100 * torch.eye(2).repeat_interleave(2500, 0), torch.zeros(5000, 2)])
+    assert np.allclose(fid.inception_score(two), (1.5, 0.5))  # 2 and 1
 
 
 def test_resize_tf1_by_hand():
@@ -2185,48 +3972,132 @@ def test_resize_tf1_by_hand():
 
 
 def test_inception():
-    """The official file's names and sizes, TensorFlow's pools, and where the features come from."""
+    """Its names, sizes and values are torchvision's network with TensorFlow's pools, from a file;
+    the two resize rules; where the features come from."""
     net = fid.Inception()
     assert parameters(net) == 23_850_960
-    with torch.device("meta"):  # torchvision's, without auxiliary head, of 1008 classes
-        theirs = torchvision.models.inception_v3(num_classes=1008, aux_logits=False,
-                                                 init_weights=False).state_dict()
+    theirs = torchvision.models.Inception3(1008, aux_logits=False, init_weights=False).eval()
+    for layer in theirs.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):  # nothing zero or one, and nothing vanishes
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.2, 0.4)
+            layer.bias.data.normal_(0, 0.1)
+    state = theirs.state_dict()
     ours = net.state_dict()
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
-    of_2018 = {k: v for k, v in ours.items() if "num_batches" not in k}
-    files.load_strictly(net, of_2018, "test")
-    ones = torch.ones(1, 1, 4, 4)
-    assert torch.equal(fid.average_pool(ones), ones)  # the padding does not count
-    dot = F.pad(torch.ones(1, 1, 1, 1), (0, 2, 0, 2))
-    assert net.Mixed_7c.pool(dot).sum() == 4 and net.Mixed_7b.pool(dot)[0, 0, 0, 0] == 0.25
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in state.items()}
+    with folder() as d:  # the official file is of 2018
+        torch.save({k: v for k, v in state.items() if "num_batches" not in k}, d / "i.pth")
+        net, _ = fid.load_inception(d / "i.pth")
 
-    seen = []
-    net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, out: seen.append(out))
-    out = net(torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8))
-    shapes = {name: tuple(v.shape) for name, v in out.items()}
-    assert shapes == {"pool": (2, 2048), "spatial": (2, 2023), "logits": (2, 1008)}
-    assert torch.equal(out["spatial"].view(2, 17, 17, 7)[1, 3, 5], seen[0][1, :7, 3, 5])  # HWC
-    assert torch.allclose(out["logits"], out["pool"] @ net.fc.weight.T)
+    def pool(x, kernel_size, stride, padding, count_include_pad=False):
+        pools.append(x.shape[1])  # the last is Mixed_7c's
+        return (F.max_pool2d(x, 3, 1, 1) if len(pools) == 9 else
+                average(x, 3, 1, 1, count_include_pad=False))
+
+    pools, average, seen = [], F.avg_pool2d, {}
+    for name in ("Mixed_6d", "fc"):
+        getattr(theirs, name).register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: (args[0], out)}))
+    x = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8)
+    with torch.no_grad(), patch.object(F, "avg_pool2d", pool):
+        logits = theirs((x.float() - 128) / 128)
+    out = net(x)
+    spatial = seen["Mixed_6d"][1][:, :7].permute(0, 2, 3, 1).flatten(1)  # branch1x1 first; HWC
+    for name, want in (("pool", seen["fc"][0]), ("spatial", spatial),
+                       ("logits", logits - theirs.fc.bias)):
+        assert out[name].shape == (1, net.dims[name]) and want.std() > 1e-3
+        assert (out[name] - want).norm() < 1e-4 * want.norm(), name
+
+    def stop(_, args):
+        entered.append(args[0])
+        raise RuntimeError("entered")
+
+    entered = []
+    net.Conv2d_1a_3x3.register_forward_pre_hook(stop)
+    row = np.random.default_rng(0).integers(0, 256, 400).astype(np.uint8)
+    wide = torch.from_numpy(row).expand(1, 3, 5, -1)
+    half_pixel = np.interp((np.arange(299) + 0.5) * 400 / 299 - 0.5, np.arange(400), row)
+    corner = np.interp(np.arange(299) * 400 / 299, np.arange(400), row)
+    for rule, want in (("torch", half_pixel / 127.5 - 1), ("tf1", (corner - 128) / 128)):
+        with refused("entered", kind=RuntimeError):
+            net(wide, rule)
+        assert np.allclose(entered[-1][0, 1, 7], want, atol=1e-4), rule
+
+
+def test_dinov2_features():
+    """cls after the final norm, of PIL's bicubic resize to 224 px with DINOv2's mean and std."""
+    encoder = random_weights(DINOv2(dim=64, depth=1, grid=5))
+    img = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    small = np.asarray(img.resize((70, 70), Image.BICUBIC), float) / 255
+    small = (small - [.485, .456, .406]) / [.229, .224, .225]
+    with torch.no_grad():
+        cls, _ = encoder(torch.from_numpy(small).permute(2, 0, 1)[None].float())
+        found = fid.DINOv2Features(encoder)(data.to_pixels(img)[None])["pool"]
+    assert torch.allclose(found, cls, atol=1e-5)
+    assert fid.DINOv2Features(DINOv2(dim=64, depth=0)).side == 224
+
+
+def plain_ssim(x, y):
+    """SSIM of two channels (H, W) in [0, 1], by a loop over the windows."""
+    i = np.arange(11) - 5
+    w = np.exp(-(i[:, None] ** 2 + i ** 2) / (2 * 1.5 ** 2))
+    w, values = w / w.sum(), []
+    for r, c in np.ndindex(x.shape[0] - 10, x.shape[1] - 10):
+        a, b = x[r:r + 11, c:c + 11], y[r:r + 11, c:c + 11]
+        ma, mb = (w * a).sum(), (w * b).sum()
+        va, vb = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum()
+        cov = (w * (a - ma) * (b - mb)).sum()
+        values.append((2 * ma * mb + 0.01 ** 2) * (2 * cov + 0.03 ** 2)
+                      / ((ma ** 2 + mb ** 2 + 0.01 ** 2) * (va + vb + 0.03 ** 2)))
+    return np.mean(values)
 
 
 def test_psnr_ssim():
-    """A tenth of the range is 20 dB; of two flat images SSIM's luminance term is left."""
-    x = torch.zeros(2, 3, 16, 20)
-    assert torch.allclose(fid.psnr(x, x + 0.2), torch.tensor(20.0).double(), atol=1e-5)
-    a, b = 0.5, 0.7  # in [0, 1]
-    expected = torch.tensor((2 * a * b + 1e-4) / (a * a + b * b + 1e-4)).double()
-    assert torch.allclose(fid.ssim(x, x + 0.4), expected, atol=1e-6)
-    noise = torch.rand(1, 3, 12, 12) * 2 - 1
-    assert abs(fid.ssim(noise, noise).item() - 1) < 1e-12 and fid.ssim(noise, -noise).item() < 0
+    """A tenth of the range is 20 dB, a hundredth 40, image by image; SSIM against a loop."""
+    x = torch.zeros(2, 3, 12, 14)
+    off = torch.tensor([0.2, 0.02]).view(2, 1, 1, 1)
+    assert torch.allclose(fid.psnr(x, x + off), torch.tensor([20.0, 40.0]).double(), atol=1e-5)
+    x = torch.rand(2, 3, 12, 14) * torch.tensor([0.1, 2]).view(2, 1, 1, 1) - 1  # dark, and bright
+    y = (x + 0.1 * torch.randn(x.shape)).clamp(-1, 1)
+    by_hand = [np.mean([plain_ssim(*((c.double().numpy() + 1) / 2 for c in pair))
+                        for pair in zip(*images)]) for images in zip(x, y)]
+    assert np.allclose(losses.ssim(x, y), by_hand, atol=1e-9)
+
+
+def test_latent_statistics():
+    """Of all images and positions; the probe's features are an image's means; its label beside
+    them, of a random choice."""
+    tokenizer, shapes = small_tokenizer(), Shapes(n=24, size=32)
+    x = torch.stack([data.to_tensor(shapes.pixels(i)) for i in range(24)])
+    z, tokens = tokenizer.encode(x), tokenizer.features(x).mean(1)
+    found = fid.encode_images(tokenizer, shapes, 32, 24, 0, CPU, batch_size=7)
+    for name, want in (("latents", z.mean((2, 3))), ("tokens", tokens),
+                       ("labels", torch.tensor(shapes.labels)), ("latent_mean", z.mean((0, 2, 3))),
+                       ("latent_std", z.std((0, 2, 3), correction=0))):
+        assert torch.allclose(getattr(found, name), want, atol=1e-5), name
+    some = fid.encode_images(tokenizer, shapes, 32, 12, 0, CPU).labels
+    assert 3 < len(set(some.tolist())) < 12, "not the first"
 
 
 def test_linear_probe():
-    """Separable classes, nothing to tell, and two Gaussians at +-1, where Bayes' accuracy is
-    Phi(1) = 84.1 %."""
+    """The optimum of softmax regression with weight decay on features of the train set's mean and
+    variance; two Gaussians at +-1, where Bayes' accuracy is Phi(1) = 84.1 %."""
     y = torch.arange(300) % 3
     x = F.one_hot(y, 3) * 100.0 + torch.randn(300, 3)
     assert fid.linear_probe(x, y, x + torch.randn(300, 3), y) == 100
     assert fid.linear_probe(torch.zeros(300, 2), y, torch.zeros(300, 2), y) < 34
+    x = (x * torch.tensor([0.001, 1, 30]) + 5) + 40 * torch.randn(300, 3)
+    with recorded(torch.nn, "Linear") as made:
+        many = x[:200].repeat_interleave(330, 0), y[:200].repeat_interleave(330)
+        accuracy = fid.linear_probe(*many, x[200:], y[200:])
+    w, b = (p.detach().double().requires_grad_() for p in made[0][1].parameters())
+    mean, std = x[:200].mean(0), x[:200].std(0, correction=0)
+    x = ((x - mean) / std).double()
+    loss = F.cross_entropy(x[:200] @ w.T + b, y[:200]) + 1e-4 / 2 * (w ** 2).sum()
+    assert all(g.abs().max() < 2e-5 for g in torch.autograd.grad(loss, (w, b)))
+    right = ((x[200:] @ w.T + b).argmax(1) == y[200:]).sum().item()
+    close(accuracy, right, 1e-6)  # of 100
+    assert right < 100
     y = torch.arange(20000) % 2
     x = torch.randn(20000, 1) + (2.0 * y - 1)[:, None]
     assert abs(fid.linear_probe(x[:10000], y[:10000], x[10000:], y[10000:]) - 84.1) < 1.2
@@ -2251,6 +4122,146 @@ def write_images(root, n=12, size=64, seed=0):
     return np.concatenate([images[::2], images[1::2]])
 
 
+class Colours(torch.nn.Module):
+    """In place of Inception: features of few dimensions, another scale under another rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.dims = {"pool": 3, "spatial": 2, "logits": 4}
+
+    def forward(self, images, resize="tf1"):
+        x = images.float() / (255 if resize == "tf1" else 100)
+        return {"pool": x.mean((2, 3)), "spatial": x[:, :2, 0, 0], "logits": 3 * x[:, 0, -1, :4]}
+
+    def of(self, images, resize="tf1"):
+        """Of uint8 (N, H, W, 3), as fp64 arrays."""
+        found = self(torch.from_numpy(images).permute(0, 3, 1, 2), resize)
+        return {k: v.double().numpy() for k, v in found.items()}
+
+
+def plain_frechet(a, b):
+    s1, s2 = (np.cov(x.T) for x in (a, b))
+    root = np.sqrt(np.linalg.eigvals(s1 @ s2).real.clip(0)).sum()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
+
+
+def plain_precision(ref, samples):
+    """The share of samples that lie in a ball: k = 3."""
+    reach = [sorted(np.linalg.norm(ref - r, axis=1))[3] for r in ref]
+    return np.mean([any(np.linalg.norm(s - r) <= d for r, d in zip(ref, reach)) for s in samples])
+
+
+def plain_kid(ref, samples, seed):
+    """Of each of 100 subsets of the smaller set's size, by a loop over the pairs of images."""
+    def k(x, y):
+        return (x @ y / 3 + 1) ** 3
+
+    size, r, values = min(len(ref), len(samples)), np.random.RandomState(seed), []
+    for _ in range(100):
+        y, x = (s[r.choice(len(s), size, replace=False)] for s in (samples, ref))
+        within = [k(s[i], s[j]) for s in (x, y) for i in range(size) for j in range(size) if i != j]
+        values.append(2 * np.mean(within) - 2 * np.mean([k(a, b) for a in x for b in y]))
+    return values
+
+
+def plain_inception_score(logits):
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return np.exp((p * np.log(p / p.mean(0))).sum(1).mean())
+
+
+def test_fid_figures():
+    """Every figure of the commands by hand, with a network of few features: of two sets of
+    different sizes, under both resize rules; through statistics on disk; of reconstructions."""
+    def metrics(a, b, seed=2020):
+        parts = np.array_split(np.random.RandomState(seed).permutation(len(b["logits"])), 2)
+        scores = [plain_inception_score(b["logits"][part]) for part in parts]
+        a_, b_ = a["pool"], b["pool"]
+        return {"FID": plain_frechet(a_, b_), "sFID": plain_frechet(a["spatial"], b["spatial"]),
+                "IS": np.mean(scores), "precision": plain_precision(a_, b_),
+                "recall": plain_precision(b_, a_), "KID": np.mean(plain_kid(a_, b_, seed))}
+
+    def check(found, expected):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            close(found[name], value, 1e-5)
+
+    net = Colours()
+    with folder() as d, patch.object(fid, "load_inception", lambda _: (net, "sha")):
+        a, b = write_images(d / "a", 14, 16, seed=1), write_images(d / "b", 12, 16, seed=1) // 2
+        b[:4] = a[0]  # precise, and little of it
+        np.savez(d / "b.npz", arr_0=b)
+        ours, expected = [d / "a", d / "b.npz", "--splits", 2], metrics(net.of(a), net.of(b))
+        assert expected["precision"] != expected["recall"]
+        with recorded(fid.Report, "add") as added:
+            check(figures(*ours), expected)
+        for (_, name, _, *numbers), _ in added:
+            assert numbers[:2] == [None if name == "IS" else 14, 12], name
+        pools = [net.of(x)["pool"] for x in (a, b)]
+        close(fid.kid(*map(torch.from_numpy, pools))[1], np.std(plain_kid(*pools, 2020)), 1e-6)
+        check(figures(*ours, "--seed", 3), metrics(net.of(a), net.of(b), 3))
+        check(figures(*ours, "--resize", "torch"), metrics(net.of(a, "torch"), net.of(b, "torch")))
+        whole = figures(*ours[:2], "--metrics", "is")  # fewer than 5000: one chunk
+        check(whole, {"IS": plain_inception_score(net.of(b)["logits"])})
+        small = [fid.center_crop(Image.fromarray(x), 8) for x in b]
+        small = net.of(np.stack(list(map(np.asarray, small))))
+        check(figures(d / "b.npz", d / "b.npz", "--size", 8, "--metrics", "is"),
+              {"IS": plain_inception_score(small["logits"])})
+
+        torch.backends.cudnn.allow_tf32 = True
+        execute(fid, d / "a", "--save-stats", d / "ref.npz", "--workers", 0)
+        assert not torch.backends.cudnn.allow_tf32
+        check(figures(d / "ref.npz", d / "b.npz", "--metrics", "fid,sfid"),
+              {k: expected[k] for k in ("FID", "sFID")})
+        with np.load(d / "ref.npz") as f:  # ADM's names
+            assert np.allclose(f["mu_s"], net.of(a)["spatial"].mean(0))
+            assert f["sigma"].shape == (3, 3)
+        with refused("was saved with resize tf1"):
+            execute(fid, d / "ref.npz", *ours[1:], "--metrics", "fid", "--resize", "torch")
+        execute(fid, d / "a", "--save-stats", d / "ref.npz", "--resize", "torch", "--workers", 0)
+        with refused("was saved with resize torch"):
+            execute(fid, d / "ref.npz", *ours[1:], "--metrics", "fid")
+
+
+def test_fid_ranks():
+    """Two ranks read each image once, and together find what one finds."""
+    def as_ranks(call, *ranks):
+        """call(rank) for each, in threads that stand for processes."""
+        barrier, tensors = threading.Barrier(len(ranks), timeout=20), {}
+
+        def all_reduce(x):
+            tensors[threading.get_ident()] = x.clone()
+            barrier.wait()
+            x.copy_(sum(tensors.values()))
+            barrier.wait()
+
+        dist = SimpleNamespace(is_initialized=lambda: True, all_reduce=all_reduce)
+        with patch.object(fid, "dist", dist), ThreadPoolExecutor(len(ranks)) as pool:
+            return list(pool.map(call, ranks))
+
+    x = torch.randn(23, 40)
+    x[:10] += 5  # the ranks' means differ
+    whole = fid.FeatureStatistics.of(x)
+
+    def statistics(indices):
+        own = fid.FeatureStatistics(23, 40)
+        own.add(x[indices], indices)
+        return own.finish()
+
+    for found in as_ranks(statistics, torch.arange(10), torch.arange(10, 23)):
+        assert torch.allclose(found.mu, whole.mu) and torch.allclose(found.sigma, whole.sigma)
+        assert torch.equal(found.rows, x)
+    args = SimpleNamespace(batch_size=3, workers=0)
+    with folder() as d:
+        images = write_images(d / "a", 14, 16)
+        np.savez(d / "a.npz", arr_0=images)
+        for path in (d / "a", d / "a.npz"):
+            seen = [batch for rank in (0, 1)
+                    for batch in fid.ImageSet(path).read(args, rank, 2, CPU)]
+            assert sorted(i for _, indices in seen for i in indices.tolist()) == list(range(14))
+            for pixels, indices in seen:
+                assert np.array_equal(pixels.permute(0, 2, 3, 1), images[indices])
+
+
 def test_fid_commands():
     """A folder, an npz, its statistics, and both in one give the same figure; the size of a batch
     changes nothing; each mistake is one line."""
@@ -2269,12 +4280,31 @@ def test_fid_commands():
         execute(fid, a, "--save-stats", ref, *dinov2, "--workers", 0)
         with np.load(ref) as f:  # both in one file, as ADM's reference batches
             np.savez(d / "both.npz", arr_0=images[:8], mu=f["mu"], sigma=f["sigma"])
+        np.savez(d / "few.npz", arr_0=images[:8])
         for name, metrics in (("images", by_folder), ("ref", ["FD-DINOv2"]), ("both", by_folder)):
             found = figures(d / f"{name}.npz", b, *dinov2)
             assert set(found) == set(metrics), name
             close(found["FD-DINOv2"], by_folder["FD-DINOv2"], 1e-6)
 
+        # statistics in either order in memory
+        mu, sigma = np.zeros(192), np.diag(np.arange(1.0, 193))
+        sigma[3, 5] = sigma[5, 3] = 2
+        for name, change in {"C": sigma, "F": np.asfortranarray(sigma), "nan": sigma * np.nan,
+                             "skew": sigma + np.eye(192, k=7)}.items():
+            np.savez(d / f"{name}.npz", mu=mu, sigma=change)
+        c, f = (figures(d / f"{name}.npz", b, *dinov2)["FD-DINOv2"] for name in "CF")
+        assert c == f
+        with patch("builtins.print") as said:  # reference and samples exchanged
+            figures(a, d / "C.npz", *dinov2)
+            execute(fid, d / "few.npz", b, *dinov2, "--metrics", "fid", "--workers", 0)
+        told = [text for text in map(str, said.call_args_list) if "exchanged?" in text]
+        assert sum("C.npz holds statistics" in text for text in told) == 2  # before, and after
+        assert sum("few.npz is 8 images" in text for text in told) == 2
+
         np.savez(d / "keys.npz", other=np.zeros(3))
+        np.save(d / "images.npy", images)
+        (d / "stylegan.pkl").write_bytes(pickle.dumps({"raw_mean": mu}))
+        np.savez(d / "order.npz", arr_0=np.asfortranarray(images))
         np.savez(d / "dims.npz", mu=np.zeros(10), sigma=np.eye(10))
         np.savez(d / "pickle.npz", arr_0=np.array([{}], dtype=object))
         (d / "none").mkdir(), (d / "one").mkdir()
@@ -2287,12 +4317,19 @@ def test_fid_commands():
                 ("no images",): [d / "none", b],
                 ("not found",): [d / "missing", b],
                 ("one image",): [d / "one", b],
-                ("neither images (arr_0) nor statistics",): [d / "keys.npz", b],
+                ("other", "neither images (arr_0) nor statistics"): [d / "keys.npz", b],
+                ("an .npy file", "arr_0="): [d / "images.npy", b],
+                ("a pickle", "docs/evaluation.md"): [a, d / "stylegan.pkl"],
+                ("is PyTorch's", "docs/evaluation.md"): [encoder, b],
+                ("C order", "in F order"): [d / "order.npz", b],
+                ("NaN",): [d / "nan.npz", b, *dinov2],
+                ("not symmetric",): [d / "skew.npz", b, *dinov2],
+                ("both.npz holds statistics", "exchanged?"): [a, d / "both.npz", *dinov2],
                 ("(10,)",): [d / "dims.npz", b, *dinov2, "--metrics", "fid"],
                 ("--metrics kid",): [d / "dims.npz", b, *dinov2, "--metrics", "kid"],
                 ("object",): [d / "pickle.npz", b],
                 ("pretrained.pth",): [a, b, "--inception", d / "pretrained.pth"],
-                ("does not fit Inception",): [a, b, "--inception", encoder],
+                ("no Inception", "DINOv2"): [a, b, "--inception", encoder],
                 ("--metrics nonsense",): [a, b, "--metrics", "nonsense"],
                 ("two paths",): [a],
                 ("was saved with weights",): [ref, b, *dinov2[:3], "random:tiny14"],
@@ -2306,24 +4343,125 @@ def test_fid_of_a_tokenizer():
     """--recon on 8-bit reconstructions, with the tokenizer's own encoder; --probe."""
     tokenizer = frozen(Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]))
     with folder() as d:
-        images, a, path = write_images(d / "a", n=20), d / "a", d / "tokenizer.pt"
+        images, a, path = write_images(d / "a", n=7), d / "a", d / "tokenizer.pt"
         save_checkpoint(path, {"tokenizer": tokenizer.state_dict(), "recipe": {"size": 64},
                                "arguments": tokenizer.arguments})
         found = figures("--recon", path, a, "--features", "dinov2", "--encoder", path,
-                        "--metrics", "rfid,psnr,ssim", "--batch-size", 8)
+                        "--metrics", "rfid,psnr,ssim", "--batch-size", 4)
         assert found.keys() == {"rFD-DINOv2", "PSNR", "SSIM"}
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
         recon = tokenizer.decode(tokenizer.encode(x / 127.5 - 1))
         recon = ((recon + 1) * 127.5).round().clamp(0, 255)
         by_hand = 10 * np.log10(255 ** 2 / (recon - x).square().mean((1, 2, 3)).numpy())
         close(found["PSNR"], by_hand.mean(), 1e-5)
+        close(found["SSIM"], losses.ssim(x / 127.5 - 1, recon / 127.5 - 1).mean().item(), 1e-5)
+        net, pairs = Colours(), (images, recon.permute(0, 2, 3, 1).byte().numpy())
+        with patch.object(fid, "load_inception", lambda _: (net, "sha")):
+            execute(fid, "--recon", path, a, "--metrics", "rfid", "--workers", 0, "--json", d / "j")
+        found = json.loads((d / "j").read_text())["figures"]
+        assert [f["resize"] for f in found] == ["tf1", "torch"]
+        for f in found:
+            expected = plain_frechet(*(net.of(p, f["resize"])["pool"] for p in pairs))
+            close(f["value"] / expected, 1, 1e-3)
         with refused("rfid,psnr,ssim,lpips"):  # what can be left out
             execute(fid, "--recon", path, a, "--metrics", "psnr,lpips", "--vgg16", "none",
                     "--lpips-heads", "none", "--workers", 0)
-        assert 0 <= figures("--probe", path, a, a)["probe %"] <= 100
-        assert figures("--probe", path, a, a, "--tokens")
+        for name, colour in (("train/x/0", "red"), ("train/x/1", "red"), ("train/y/0", "blue"),
+                             ("val/x/0", "red"), ("val/y/0", "red"), ("val/y/1", "red"),
+                             ("val/y/2", "red")):
+            file = d / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), colour).save(file)
+        for more, channels in (([], 32), (["--tokens"], 192)):
+            with recorded(fid, "linear_probe") as probes:
+                found = figures("--probe", path, d / "train", d / "val", *more)
+            assert found == {"probe %": 25} and probes[0][0][0].shape == (3, channels)
+        with (patch.object(fid, "Shapes", lambda split, n, size: Shapes(split, 4, size)),
+              recorded(fid, "Shapes") as sets):
+            execute(fid, "--probe", path, "shapes", "shapes", "--workers", 0)
+            execute(fid, "--recon", path, "shapes", "--metrics", "psnr", "--workers", 0)
+        assert [of for of, _ in sets] == [("train", 8192, 64), ("val", 512, 64), ("val", 512, 64)]
         with refused("class folders"):
             execute(fid, "--probe", path, a / "class0", a, "--workers", 0)
+
+
+def test_cknna():
+    """HSIC against its sum over quadruples of images, the mask and the whole against loops, the
+    official values; a rotation of the features changes nothing; SE-CKNNA's sets."""
+    a, b = torch.randn(2, 7, 4, dtype=torch.float64)
+    K, L = a @ a.T, b @ b.T
+    total = sum(K[i, j] * (L[j, i] + L[q, r] - 2 * L[j, q])  # of distinct images
+                for i, j, q, r in itertools.permutations(range(7), 4)).item()
+    close(fid.hsic(K, L).item(), total / math.perm(7, 4))
+    L, pairs = a @ b.T, list(itertools.permutations(range(7), 2))  # not symmetric
+    total = sum(K[i, j] * L[j, i] for i, j in pairs)
+    total += sum(K[i, j] for i, j in pairs) * sum(L[i, j] for i, j in pairs) / (6 * 5)
+    total -= sum(K[i, j] * L[j, q] for i, j in pairs for q in range(7) if q != j) * 2 / 5
+    close(fid.hsic(K, L).item(), total.item() / (7 * 4))
+
+    x, y = (fid.prepared(v) for v in (a, b))
+    limit = sorted(a.abs().flatten().tolist())[int(0.95 * 28)]
+    clamped = a.clamp(-limit, limit)
+    assert torch.allclose(x, clamped / clamped.norm(dim=1, keepdim=True))
+    K, L = (v @ v.T for v in (x, y))
+    near = torch.zeros(2, 7, 7)
+    for n, M in enumerate((K, L)):
+        for i in range(7):
+            for j in sorted(set(range(7)) - {i}, key=lambda j: -M[i, j])[:2]:
+                near[n, i, j] = 1
+    own = [fid.hsic(M * m, M * m) for M, m in zip((K, L), near)]
+    both = fid.hsic(K * near[0] * near[1], L * near[0] * near[1])
+    close(fid.cknna(a, b, 2), (both / ((own[0] * own[1]).sqrt() + 1e-6)).item())
+    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    close(fid.cknna(a, a @ turn, 2, prepare=False), 1, 1e-4)
+
+    pixels, indices = torch.full((40, 3, 8, 8), 128, dtype=torch.uint8), torch.arange(40)
+    pixels[:, :, 0, 0] = 255
+    sets = list(fid.variants(pixels, indices))
+    assert [name for name, *_ in sets[:5]] == ["clean"] + [f"noise {s}" for s in fid.NOISE]
+    one, two = (sets[i][2][:, :, 1:, 1:].float() for i in (1, 4))
+    assert abs(one.std() / 255 - 0.05) < 2e-3 and abs(two.std() / 255 - 0.2) < 1e-2
+    again = list(fid.variants(pixels[3:5], indices[3:5]))
+    assert torch.equal(again[2][2], sets[2][2][3:5]), "an image's noise is its own"
+    turned = {int(i): (p, scale) for _, chosen, x, scale in sets[5:] for i, p in zip(chosen, x)}
+    assert sorted(turned) == list(range(40)) and len({s for _, s in turned.values()}) == 4
+    corners = {tuple((p[0] == 255).nonzero()[0].tolist()) for p, _ in turned.values()}
+    assert corners == {(0, 0), (0, 7), (7, 0), (7, 7)}
+
+    _, given, out = fixture("cknna")
+    for name in ("AB", "AC", "AA"):
+        x, y = (given[k] for k in name)
+        found = {f"{name}_k{k}": fid.cknna(x, y, k) for k in (2, 5, 10, 95)}
+        found[f"{name}_raw_unbiased_k10"] = fid.cknna(x, y, prepare=False)
+        equal({k: torch.tensor(v) for k, v in found.items()}, out, {})
+
+
+def test_cknna_command():
+    """A tokenizer against its own encoder: the encoder's CKNNA is 1; of a VFM-VAE and a VAE."""
+    vfm = vfm_vae.VFMVAE({"dinov2": ENCODERS["tiny14"]}, **vfm_vae.reading_sizes(
+        "tiny", DINOv2(**ENCODERS["tiny14"])))
+    with folder() as d:
+        write_images(d / "a", n=24)
+        own = random_weights(Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]), scale=0.05)
+        encoder = d / "encoder.pt"
+        torch.save(own.encoder.state_dict(), encoder)
+        for tokenizer in (own, random_weights(vfm, scale=0.05), VAE(DECODERS["tiny"])):
+            save_checkpoint(d / "t.pt", {
+                "tokenizer": tokenizer.state_dict(), "arguments": tokenizer.arguments,
+                "recipe": {"size": 64}})
+            found = figures("--cknna", d / "t.pt", d / "a", "--reference", encoder,
+                            "--batch-size", 7)
+            whose = ["latents"] if isinstance(tokenizer, VAE) else ["latents", "encoder"]
+            assert list(found) == [f"{m}, {w}" for w in whose for m in ("CKNNA", "SE-CKNNA")]
+            assert tokenizer is not own or found["CKNNA, encoder"] > 0.9 > found["CKNNA, latents"]
+        for words, argv in {("10 neighbours",): ["--cknna", d / "t.pt", d / "a" / "class0"],
+                            ("--cknna CKPT DATA",): []}.items():
+            if argv:
+                shutil.rmtree(d / "a" / "class1")
+                for path in sorted((d / "a" / "class0").iterdir())[8:]:
+                    path.unlink()
+            with refused(*words):
+                execute(fid, *argv, "--reference", encoder, "--workers", 0)
 
 
 # --------------------------------------------------------------------------------- results/judge.py
@@ -2366,6 +4504,10 @@ def setup_function(_):
 
 
 def main():
+    if "--device" in sys.argv:
+        import test_gpu  # it takes what the tests share from here
+
+        test_gpu.main()
     words, failed, began = sys.argv[1:], 0, time.time()
     tests = {name: test for name, test in globals().items() if name.startswith("test_")
              and (not words or any(word in name for word in words))}
@@ -2376,6 +4518,8 @@ def main():
                 setup_function(test)
                 test()
             print(f"ok    {name} ({time.time() - begin:.1f} s)", flush=True)
+        except SkipTest as e:
+            print(f"skip  {name}: {e}", flush=True)
         except Exception:  # noqa: BLE001, whatever a test raises is its failure
             failed += 1
             print(f"FAIL  {name}\n{said.getvalue()[-2000:]}\n{traceback.format_exc()}", flush=True)

@@ -181,7 +181,7 @@ def stand_in_encoder(args, data, run, device):
     path = run.out / "encoder.pt"
     recipe = {"seed": args.seed, "list of images": data.identity, "size": args.size,
               "steps": args.pretrain_steps}
-    if not data.labels or not args.pretrain_steps:
+    if data.labels is None or not args.pretrain_steps:
         raise UserError("tiny14 has no official weights; its stand-in is trained by --preset tiny, "
                         "on --data with one folder per class (or give --encoder)")
     if path.exists() and not args.overwrite:

@@ -19,8 +19,9 @@ is a function of (seed, epoch, image).
 Departures from LightningDiT's code: the paper's direction of time; the gradient is clipped; the
 loader (FlowData) draws the noise and drops the labels.
 
-From text (mmdit.py, captions.py): the paper names neither text encoders nor recipe; captions are
-dropped together, t is shifted as FLUX's sampler shifts it, and images are not flipped.
+From text (mmdit.py, captions.py): the paper names neither text encoders nor recipe. y is a row of
+text in the class' place, the empty prompt's where it is dropped; t is shifted as FLUX's sampler
+shifts it; images are not flipped.
 
 Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 """
@@ -40,31 +41,32 @@ import captions
 import losses
 import runs
 import toy
-from baselines import VAE, FluxVAE
 from data import (
     Crops,
     ShuffledBatches,
     batches,
     center_crop,
+    check_images,
+    on_rank_0,
     open_folders,
     rng,
     save_grid,
     to_pixels,
     to_tensor,
 )
+from fid import open_tokenizer
 from files import (
     BatchedArray,
     UserError,
     fingerprint,
-    load_tokenizer,
     print_0,
     reading,
     require_statistics,
 )
-from mmdit import MMDITS, MMDiT, time_shift
+from mmdit import MMDITS, DoubleBlock, MMDiT, SingleBlock, time_shift
 from model import DITS, LightningDiT, update_ema
 from runs import count, fraction, positive, weight
-from sample import choose_labels, generate, grid_rows, text_encoder, text_flags, time_grid
+from sample import choose_labels, generate, grid_rows, open_text_encoder, text_flags, time_grid
 
 BINS = 5  # of t, in the log
 COLUMNS = ["step", "loss", "mse", "cosine", "grad_norm",
@@ -75,13 +77,11 @@ COLUMNS = ["step", "loss", "mse", "cosine", "grad_norm",
 
 def training_step(batch, s, args, last):
     """One micro-batch: backward through the flow-matching loss. batch: (z0, or with --no-cache the
-    images; y, with --captions a row of text; N(0, 1) for t; z1). Returns what is logged, as scalars on the device."""
+    images; y; N(0, 1) for t; z1). Returns what is logged, as scalars on the device."""
     z0, y, normal, z1 = batch
     if s.encode:
         with torch.no_grad():
             z0 = s.tokenizer.normalize(s.tokenizer.encode(z0))  # (B, d, h, w)
-    if s.prompts:
-        y = captions.unpack(y, *s.text_widths)
     t = losses.logit_normal(normal, s.shift)  # (B,)
     with runs.no_sync(s.ddp_model, not last):
         with s.autocast():
@@ -138,10 +138,8 @@ def averages(meter):
 def sample_grid(s, args, path):
     """Eight images of up to twelve classes, one class a row. Without guidance, because guidance
     hides how far the training has come."""
-    if s.prompts:
-        images, _ = generate(s.ema, s.tokenizer, np.arange(len(s.prompts)), None, args.seed,
-                             time_grid(20, s.shift), dtype=s.dtype, text=s.text)
-        return captions.save_captioned_grid(images.cpu(), s.prompts, path)
+    if s.text:
+        return captioned_grid(s, args, path)
     K, labels, n = s.ema.num_classes, None, 64
     if K:
         classes = np.unique(np.linspace(0, K - 1, min(K, 12)).astype(int))
@@ -167,7 +165,9 @@ def cached_latents(path, tokenizer, data, args, device):
     crops, pixels = Crops(data, args.size), hashlib.sha256()
     for i in np.linspace(0, n - 1, min(n, 8)).astype(int):
         item = crops[0, int(i)]
-        pixels.update(item.encode() if isinstance(item, str) else item[0].numpy().tobytes())
+        if isinstance(item, UserError):
+            raise item
+        pixels.update(item[0].numpy().tobytes())
     recipe = {"tokenizer": fingerprint(tokenizer), "data": data.identity,
               "pixels": pixels.hexdigest()[:16], "size": args.size}
     views = 1 if args.captions else 2
@@ -176,19 +176,20 @@ def cached_latents(path, tokenizer, data, args, device):
     if not array.complete:
         missing = array.missing(args.encode_batch)
         gib = n * views * 2 * tokenizer.d * side ** 2 / 2 ** 30
-        print_0(f"encoding {n} images{', original and flipped,' * (views - 1)} into {path} "
+        print_0(f"encoding {n} images{', original and flipped,' if views == 2 else ''} into {path} "
                 f"({gib:.2f} GiB)")
-        order = [[(0, i) for i in batch] for batch in missing]
+        order = ([(0, i) for i in batch] for batch in missing)
         stream = batches(crops, order, args.workers, device)
         bar = tqdm(stream, "encoding", len(missing), disable=array.rank != 0, mininterval=1)
-        for batch, (x, _) in zip(missing, bar):
-            x = torch.stack([x, x.flip(3)][:views], dim=1).flatten(0, 1)  # (views*B, 3, H, W)
-            z = tokenizer.normalize(tokenizer.encode(x)).half()  # (views*B, d, h, w)
-            if not z.isfinite().all():
-                raise UserError(
-                    f"a latent of images {batch[0]} to {batch[-1]} is not finite in fp16")
-            array.write(batch, z.unflatten(0, (-1, views)).cpu().numpy())
-        array.finish()
+        with array.lock:
+            for batch, (x, _) in zip(missing, bar):
+                x = torch.stack([x, x.flip(3)][:views], dim=1).flatten(0, 1)  # (views*B, 3, H, W)
+                z = tokenizer.normalize(tokenizer.encode(x)).half()  # (views*B, d, h, w)
+                if not z.isfinite().all():
+                    raise UserError(
+                        f"a latent of images {batch[0]} to {batch[-1]} is not finite in fp16")
+                array.write(batch, z.unflatten(0, (-1, views)).cpu().numpy())
+            array.finish()
     # no checksum: reading ImageNet's 39 GiB takes minutes, and a flipped bit is one value
     with reading(path, "cache of latents (delete it to make it anew)"):
         latents = np.load(path, mmap_mode="r")
@@ -202,11 +203,12 @@ def cached_latents(path, tokenizer, data, args, device):
 class FlowData(Dataset):
     """What a loader reads: item (epoch, i) is (x, y, normal, z1). x: the latent (d, h, w) of image
     i, or without `latents` its pixels, maybe flipped. y: its class, or K where the label is
-    dropped; with `text`, captions.cached_text's, the row of its caption, or of the empty one,
-    and no flip. normal ~ N(0, 1) makes t. z1: noise (d, h, w)."""
+    dropped; with `text` (captions.cached_text) the row of its caption, or of the empty one, and no
+    flip. normal ~ N(0, 1) makes t. z1: noise (d, h, w)."""
 
     def __init__(self, data, latents, shape, num_classes, args, text=None):
-        self.data, self.latents, self.shape = data, latents, shape
+        self.data = data if latents is None else None
+        self.labels, self.latents, self.shape = data.labels, latents, shape
         self.num_classes, self.label_drop, self.text = num_classes, args.label_drop, text
         self.size, self.seed = args.size, args.seed
 
@@ -214,7 +216,7 @@ class FlowData(Dataset):
         epoch, i = item
         r = rng(self.seed, "flow", epoch, i)
         flip, dropped = r.random() < 0.5, r.random() < self.label_drop
-        flip = flip and self.text is None
+        flip &= self.text is None
         normal = torch.tensor(r.standard_normal()).float()
         z1 = torch.from_numpy(r.standard_normal(self.shape, np.float32))
         if self.latents is not None:
@@ -222,44 +224,48 @@ class FlowData(Dataset):
         else:
             try:
                 x = to_tensor(to_pixels(center_crop(self.data.image(i), self.size)))
-            except UserError as e:  # as text: a worker has no better way
-                return str(e)
+            except UserError as e:  # see Crops
+                return e
             if flip:
                 x = x.flip(2)
         K = self.num_classes
-        y = K if dropped or not K else self.data.labels[i]
         if self.text is not None:
             y = torch.from_numpy(self.text[-1 if dropped else i].astype(np.float32))
+        else:
+            y = K if dropped or not K else int(self.labels[i])
         return x, y, normal, z1
+
+    def __getstate__(self):
+        """A worker that is not a fork opens the memory maps itself: pickled, they would be copied."""
+        maps = {"latents": self.latents, "text": self.text}
+        return vars(self) | {k: None if m is None else m.filename for k, m in maps.items()}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.latents, self.text = (file and np.load(file, mmap_mode="r")
+                                   for file in (self.latents, self.text))
 
 
 # ---- set up
 
-def set_up(args, run, data, device):
+def set_up(args, run, tokenizer, data, device):
     """(networks, optimiser, EMA and recipe; the latents or None)."""
-    tokenizer = load_tokenizer(args.tokenizer, VAE, FluxVAE).requires_grad_(False).to(device)
     require_statistics(tokenizer, args.tokenizer)
     patch = max(1, 16 // tokenizer.factor)  # a token covers 16 px
     if args.size % (tokenizer.factor * patch):
         raise UserError(
             f"--size must be divisible by {tokenizer.factor * patch}, not {args.size}")
-    K = len(data.classes) if data.labels and not args.unconditional else 0
+    labelled = data.labels is not None and not args.unconditional and not args.captions
+    K = len(data.classes) if labelled else 0
     latents = None if args.no_cache else cached_latents(
         args.cache or run.out / "latents.npy", tokenizer, data, args, device)
-
-    prompts, text = None, None
-    if args.captions:
-        encoder, written = text_encoder(args, device), data.captions
-        text = captions.cached_text(args.text_cache or run.out / "text.npy", encoder, written,
-                                    args.encode_batch, args.overwrite)
-        prompts = written[:16]
+    text = set_up_text(args, run, data, device) if args.captions else None
 
     torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))  # the same on every rank
-    side, shift = args.size // tokenizer.factor, 1.0
+    side = args.size // tokenizer.factor
     latent = {"d": tokenizer.d, "grid": [side, side], "patch": patch}
-    if args.captions:
-        model = MMDiT(**MMDITS[args.model], **latent, text=encoder.T, pooled=encoder.P).to(device)
-        shift = time_shift((side // patch) ** 2)
+    if text:
+        model = MMDiT(**MMDITS[args.model], **latent, **text.widths).to(device)
     else:
         model = LightningDiT(**DITS[args.model], **latent, num_classes=K,
                              qk_norm=args.qk_norm).to(device)
@@ -272,14 +278,14 @@ def set_up(args, run, data, device):
     recipe |= {k: getattr(args, k) for k in (
         "model", "qk_norm", "size", "batch_size", "accum", "lr", "beta2", "clip", "w_cos",
         "label_drop", "ema_decay", "seed")}
-    if args.captions:
-        recipe |= {"text encoder": encoder.identity,
-                   "captions": captions.digest("\0".join(written))}
+    if text:
+        recipe |= text.recipe
     s = SimpleNamespace(
-        text=text, prompts=prompts, text_widths=args.captions and (encoder.T, encoder.P),
-        shift=shift, prefix="dit", recipe=recipe, step=0, steps=args.steps, log_every=args.log_every,
-        shown=("mse", "cosine"), tokenizer=tokenizer, model=model, ema=ema, trained=trained,
-        opt=opt, meter=runs.Meter(device), encode=latents is None, dtype=dtype,
+        prefix="dit", recipe=recipe, may_change=("dtype", "accum"), step=0, steps=args.steps,
+        log_every=args.log_every, shown=("mse", "cosine"), classes=data.classes if K else [],
+        tokenizer=tokenizer, model=model, ema=ema, trained=trained, opt=opt,
+        meter=runs.Meter(device), encode=latents is None, dtype=dtype, text=text,
+        shift=time_shift((side // patch) ** 2) if text else 1.0,
         autocast=partial(runs.autocast, device, dtype))
     s.networks, s.optimisers = {"model": model, "ema": ema}, {"opt": opt}  # in a checkpoint
     return s, latents
@@ -288,37 +294,53 @@ def set_up(args, run, data, device):
 def training_latents(s, args, run, data, latents, world, device):
     """Wraps the network for DDP, says what will train, and returns the endless stream of
     (x, y, normal, z1) from the step on."""
-    if args.checkpointing:
-        runs.checkpoint_activations(s.model)
-    if args.compile:  # in place, so keys stay
-        for block in s.model.blocks:
-            block.compile()
+    runs.make_fast(s.model, args, device, DoubleBlock, SingleBlock)
     s.ddp_model = runs.wrap(s.model, device)
     K, shape = s.model.num_classes, (s.model.d, *s.model.arguments["grid"])
     order = ShuffledBatches(len(data), args.batch_size, (args.seed, "order"), s.step, args.accum,
                             run.rank, world)
     epochs = args.steps * args.batch_size / len(data)
-    kind = "from captions" if s.prompts else f"{K} classes" if K else "unconditional"
+    kind = "captions" if s.text else f"{K} classes" if K else "unconditional"
     print_0(
-        f"{type(s.model).__name__} {args.model}: {sum(p.numel() for p in s.trained) / 1e6:.2f}M parameters "
-        f"train; latents {'x'.join(map(str, shape))}, "
-        f"{kind}\n"
+        f"{type(s.model).__name__} {args.model}: {sum(p.numel() for p in s.trained) / 1e6:.2f}M "
+        f"parameters train; latents {'x'.join(map(str, shape))}, {kind}\n"
         f"{runs.describe(s, args, len(data), world)} = {epochs:.1f} epochs\n"
         f"  {device.type}, {s.recipe['dtype']}, latents {'encoded anew' if s.encode else 'cached'}")
-    return batches(FlowData(data, latents, shape, K, args, s.text), order, args.workers, device)
+    flow = FlowData(data, latents, shape, K, args, s.text and s.text.rows)
+    return batches(flow, order, args.workers, device)
+
+
+# ---- text to image
+
+def set_up_text(args, run, data, device):
+    """What a generator has from text: the rows of all captions and of the empty one, their widths,
+    a few captions to show, and what a resume must repeat."""
+    encoder, written = open_text_encoder(args, device), data.captions
+    rows = captions.cached_text(args.text_cache or run.out / "text.npy", encoder, written,
+                                args.encode_batch, args.overwrite)
+    recipe = {"text encoder": encoder.identity, "captions": captions.digest("\0".join(written))}
+    return SimpleNamespace(rows=rows, widths={"text": encoder.T, "pooled": encoder.P},
+                           shown=written[:16], recipe=recipe)
+
+
+def captioned_grid(s, args, path):
+    """An image of each of the first captions, without guidance."""
+    images, _ = generate(s.ema, s.tokenizer, np.arange(len(s.text.shown)), None, args.seed,
+                         time_grid(20, s.shift), dtype=s.dtype, text=s.text.rows)
+    captions.save_captioned_grid(images.cpu(), s.text.shown, path)
 
 
 # ---- the command line
 
-# The defaults of the flags of the same name. size: image side in px.
+# The defaults of the flags of the same name.
 PRESETS = {
     "tiny": {
-        "model": "tiny", "data": "shapes", "size": 64, "steps": 1200, "batch_size": 64,
-        "lr": 2e-3, "ema_decay": 0.995, "workers": 0, "log_every": 25, "save_every": 400,
+        "model": "tiny", "data": "shapes", "steps": 1200, "batch_size": 64, "lr": 2e-3,
+        "ema_decay": 0.995, "workers": 0, "log_every": 25, "save_every": 400,
         "grid_every": 400, "encode_batch": 64, "val_images": 512},
     "paper": {
-        "model": "XL/1", "data": "data/imagenet/train", "size": 256, "steps": 80_000,
-        "batch_size": 1024, "lr": 2e-4, "ema_decay": 0.9999, "workers": 8, "log_every": 100,
+        "model": "XL/1", "data": "data/imagenet/train", "steps": 80_000, "batch_size": 1024,
+        "lr": 2e-4, "ema_decay": 0.9999, "workers": 8, "log_every": 100,
         "save_every": 5_000, "grid_every": 5_000, "encode_batch": 128, "val_images": 5_000},
 }
 
@@ -367,16 +389,18 @@ def main(argv=None):
     rank, world, device = runs.setup_ranks()
     runs.check_batch_size(args, world)
     with runs.Run(args.out, rank, COLUMNS) as run:
-        if args.overwrite and rank == 0:
-            for path in [*run.out.glob("dit_step*"), run.out / "log.csv"]:
-                path.unlink(missing_ok=True)
+        tokenizer, args.size = open_tokenizer(args.tokenizer, args.size, device)
         if args.data == "shapes":
             data, _ = toy.open_shapes(args.val, args.size, args.val_images)
         elif args.captions:
             data = captions.open_captions(args.data, run.out / "shards", args.workers)
         else:
-            data, _ = open_folders(args.data, args.val, args.val_images)
-        s, latents = set_up(args, run, data, device)
+            data, _ = on_rank_0(open_folders, args.data, args.val, args.val_images)
+        if args.check_data or args.skip_unreadable:
+            data, = check_images([data], args, rank, world)
+        s, latents = set_up(args, run, tokenizer.requires_grad_(False), data, device)
+        if args.overwrite:
+            run.forget(s.prefix)
         run.resume(s)
         train(args, run, s, training_latents(s, args, run, data, latents, world, device))
 

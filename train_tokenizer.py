@@ -12,7 +12,8 @@ Eight GPUs, stage 2:        torchrun --standalone --nproc_per_node 8 train_token
 A run is a folder, runs/tokenizer: stage{1,2,3}.pt (each a whole tokenizer), the last two
 stage*_step*.pt of each stage (they resume), log.csv, PNG grids (originals above, reconstructions
 below). The same command resumes it. The paper's baselines, --model vae and --model vavae, are one
-stage each; their result is vae.pt or vavae.pt.
+stage each; their result is vae.pt or vavae.pt. --model vfmvae, the other system, has four stages,
+strong, weak, ssim and patchgan (vfm_vae.STAGES), with a checkpoint of that name each.
 
 Choices where the paper is silent: README, "Choices".
 
@@ -31,6 +32,7 @@ import baselines
 import losses
 import runs
 import toy
+import vfm_vae
 from data import (
     Crops,
     ShuffledBatches,
@@ -38,6 +40,7 @@ from data import (
     batches,
     check_images,
     in_order,
+    on_rank_0,
     open_folders,
     rng,
     save_grid,
@@ -47,6 +50,7 @@ from files import (
     UserError,
     build,
     check_same,
+    find_weights,
     fingerprint,
     load_encoder,
     load_file,
@@ -55,6 +59,8 @@ from files import (
     print_0,
     reading,
     save_checkpoint,
+    sha256,
+    warn,
 )
 from model import DECODERS, Tokenizer, update_ema
 from runs import count, index, positive, weight
@@ -72,28 +78,32 @@ STAGES = {
         "trains": ("encoder", "quant_conv", "post_quant_conv", "decoder", "linear_proj"),
         "reference": False, "ema": True},
 }
+STAGES |= {name: {"name": "VFM-VAE", "reference": False, "ema": True} | row
+           for name, row in vfm_vae.STAGES.items()}
+LATENTS_STAY = (3, "ssim", "patchgan")  # only the decoder trains
 
 
 def aligntok_objective(s, args, x):
-    """Images x (B, 3, H, W) -> (x^, the terms that are added to L_rec): L_sp in stage 2, none in
-    stages 1 and 3. Each tokenizer system has such a function, which training_step calls.
+    """Images x (B, 3, H, W) -> (what x^ should be, here x; x^; the terms that are added to L_rec:
+    L_sp in stage 2, none in stages 1 and 3). Each tokenizer system has such a function, which
+    training_step calls.
 
     The terms are a dict, name -> (weight, value). A weight None means: only logged. With (weight,
     value, layer, limit) the weight is multiplied by the adaptive weight at that layer."""
     recon, z0, tokens = s.ddp_tokenizer(x)  # D(z0), z0 = A(E_p(x)) (B, d, h, w), E_p(x) (B, N, D)
     if s.reference is None:
-        return recon, {}
+        return x, recon, {}
     with torch.no_grad():  # the encoder and adapter that stage 1 has left, frozen
         tokens_ref = s.reference.features(x)
         z0_ref = s.reference.adapt(tokens_ref, *z0.shape[-2:])
     if args.sp_at == "encoder":  # the ablation "before the adapter"
         l_sp = losses.semantic_preservation(tokens, tokens_ref, args.sp_loss, dim=-1)
-        return recon, {"sp": (args.w_sp, l_sp)}
+        return x, recon, {"sp": (args.w_sp, l_sp)}
     l_sp = losses.semantic_preservation(z0, z0_ref, args.sp_loss, dim=1)
     terms = {"sp": (args.w_sp, l_sp)}
     if args.sp_loss == "l2":  # L_sp as a fraction of the variance of stage 1's latents
         terms["sp_to_var"] = (None, l_sp / s.reference.latent_std.square().mean())
-    return recon, terms
+    return x, recon, terms
 
 
 def training_step(x, noise, s, args, gan, last):
@@ -105,7 +115,7 @@ def training_step(x, noise, s, args, gan, last):
     micro-batch of the step. Returns what is logged, as scalars on the device."""
     with runs.no_sync(s.ddp_tokenizer, not last), runs.no_sync(s.ddp_discriminator, not last):
         with s.autocast():
-            recon, terms = s.objective(x, *noise)  # x^ (B, 3, H, W)
+            x, recon, terms = s.objective(x, *noise)  # x^ (B, 3, H, W)
         recon = recon.float()
 
         # Eq. 1: L_rec = L1 + w_p L_perceptual + w_g L_GAN
@@ -146,13 +156,18 @@ def training_step(x, noise, s, args, gan, last):
     return {k: v.detach().float() for k, v in log.items()}
 
 
-def update(s, args, gan):
-    """One step of Adam for G, and for D where it has learned; then the EMA."""
-    for optimiser in (s.opt_g, s.opt_d) if gan else (s.opt_g,):
+def update(s, args):
+    """One step of Adam for G, and for D, which Adam leaves alone where it has no gradients; then
+    the EMA."""
+    for optimiser in (s.opt_g, s.opt_d):
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
     if s.ema is not None:
-        update_ema(s.ema, s.tokenizer, args.ema_decay)
+        images = (s.steps_before + s.step + 1) * args.batch_size
+        decay = args.ema_decay
+        if decay is None:
+            decay = vfm_vae.ema_decay(images, args.batch_size)
+        update_ema(s.ema, s.tokenizer, decay)
 
 
 def train_stage(stage, args, run, data, held_out, lpips, device):
@@ -164,7 +179,9 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
     describe_stage(s, args, data, device)
 
     def row():
-        return {"stage": stage, "step": s.step} | s.meter.average()
+        figures = s.meter.average()
+        warn_of_gan(s, figures)
+        return {"stage": s.number, "step": s.step} | figures
 
     draw = partial(reconstruction_grid, s.ema or s.tokenizer, held_out, args, device)
     for _ in run.steps(s, args, row, draw):
@@ -173,30 +190,51 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
             x, _, *noise = next(stream)
             log = training_step(x, noise, s, args, gan, last=micro == args.accum - 1)
             s.meter.add(s.step + 1, log)
-        update(s, args, gan)
+        update(s, args)
     if run.rank == 0:
         finish_stage(s, args, data, held_out, device, run.out / f"{s.prefix}.pt")
     runs.barrier(hours=12)  # the other ranks wait longer than a collective may take
 
 
+def warn_of_gan(s, figures):
+    """Says once in a stage what rows of the log show of a GAN from which G learns nothing."""
+    if "d_loss" not in figures:
+        return
+    for fault, seen, rows in (
+            ("the discriminator has collapsed: one answer to every image (d_real, d_fake)",
+             min(figures["d_real"], figures["d_fake"]) < 0.01, 1),
+            # one row of a small batch may show it in a good run
+            ("the discriminator has won: it is certain of every image (d_loss)",
+             figures["d_loss"] < 0.01, 3),
+            ("the adaptive weight of L_GAN is at its limit (adaptive)",
+             figures.get("adaptive", 0) > 0.9 * losses.ADAPTIVE_LIMIT, 1)):
+        before = s.seen.get(fault, 0)  # in so many rows without a break
+        s.seen[fault] = before + 1 if seen or before >= rows else 0
+        if s.seen[fault] == rows:
+            warn(f"{s.prefix}, step {s.step}: {fault}; a lower --w-g or --lr may help")
+
+
 # ---- the end of a stage
 
+@torch.compiler.set_stance("force_eager")
 def finish_stage(s, args, data, held_out, device, path):
     """The stage's result is its EMA, where it has one: computes its latent statistics, validates it
     and saves it as a tokenizer, with D for the next stage."""
     result = (s.ema or s.tokenizer).eval()
     train = encode_images(result, data, args.size, args.encode_images, args.workers, device)
-    if s.stage != 3:  # in stage 3 the latents are those of stage 2, and keep their statistics
+    if s.stage not in LATENTS_STAY:  # else they keep the statistics of the stage before
         result.latent_mean.copy_(train.latent_mean)
         result.latent_std.copy_(train.latent_std)
-    probe_on = train if data.labels and held_out.labels else None
+    labelled = data.labels is not None and held_out.labels is not None
+    probe_on = train if labelled else None
     figures = validate(result, probe_on, held_out, args, device, s.lpips)
     n = min(args.val_images, len(held_out))
     print(f"{path.stem} on {n} held-out images: " + ", ".join(
         f"{k} {v:.4f}" if k in ("rec", "ssim") else f"{k} {v:.2f}" for k, v in figures.items()))
     save_checkpoint(path, {
         "stage": s.stage, "step": s.step, "total_steps": s.steps_before + s.step,
-        "recipe": s.recipe, "arguments": result.arguments, "tokenizer": result.state_dict(),
+        "recipe": s.recipe, "arguments": result.arguments, "classes": s.classes,
+        "tokenizer": result.state_dict(),
         "discriminator": s.discriminator.state_dict(), "opt_d": s.opt_d.state_dict(),
         "validation": figures})
     print(f"saved {path}")
@@ -220,11 +258,12 @@ def validate(tokenizer, train, held_out, args, device, lpips):
         val = encode_images(tokenizer, held_out, args.size, args.val_images, args.workers, device)
         for name, part in (("probe", "latents"), ("probe_tokens", "tokens")):
             figures[name] = linear_probe(getattr(train, part), train.labels,
-                                         getattr(val, part), val.labels)
+                                         getattr(val, part), val.labels, device)
     return figures
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # its dtype and batch would be compiled for little
 def reconstruction_grid(tokenizer, held_out, args, device, path):
     order = in_order(min(8, len(held_out)), 8)
     x, _ = next(batches(Crops(held_out, args.size), order, 0, device))
@@ -235,7 +274,9 @@ def reconstruction_grid(tokenizer, held_out, args, device, path):
 
 def set_up_stage(stage, args, run, data, lpips, device):
     """The stage's networks, optimisers, EMA and recipe: the arguments that a resume must repeat."""
-    if stage in (0, 1):
+    if args.model == "vfmvae":
+        start = start_vfm_vae(stage, args, data, run, device)
+    elif stage in (0, 1):
         start = start_from_encoder(stage, args, data, run, device)
     else:
         start = start_from_stage_before(stage, args, run)
@@ -244,7 +285,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
         start.reference.to(device).requires_grad_(False).eval()
 
     tokenizer.requires_grad_(False).eval()
-    for name, part in tokenizer.named_children():
+    for name, part in tokenizer.named_modules():
         if name in STAGES[stage]["trains"]:
             part.requires_grad_(True).train()
     if stage == 2:
@@ -255,8 +296,9 @@ def set_up_stage(stage, args, run, data, lpips, device):
     groups = [{"params": [p for p in part.parameters() if p.requires_grad],
                "lr": encoder_lr if name == "encoder" else args.lr}
               for name, part in tokenizer.named_children()]
-    opt_g = torch.optim.Adam(groups, betas=(0.5, 0.9), fused=True)
-    opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
+    betas = (0.0, 0.99) if args.model == "vfmvae" else (0.5, 0.9)
+    opt_g = torch.optim.Adam(groups, betas=betas, fused=True)
+    opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=betas, fused=True)
     if start.opt_d:
         opt_d.load_state_dict(start.opt_d)
         opt_d.param_groups[0]["lr"] = args.lr  # the state has that of the stage before
@@ -269,20 +311,32 @@ def set_up_stage(stage, args, run, data, lpips, device):
         "encoder", "decoder", "d", "disc_ch", "size", "batch_size", "accum", "lr", "seed", "w_p",
         "w_g", "w_sp", "sp_loss", "sp_at", "w_kl", "w_vf", "vf_margins", "disc_start",
         "ema_decay")}
-    seed_torch(args.seed, "stage", stage, run.rank)  # no step draws from it yet
+    if args.model == "vfmvae":
+        recipe["dino"] = args.dino
+    # VFM-VAE's steps draw from it; a checkpoint keeps its state
+    seed_torch(args.seed, "stage", stage, run.rank)
+    number = args.stages.index(stage) + 1 if args.model == "vfmvae" else stage
     s = SimpleNamespace(
-        stage=stage, prefix=f"stage{stage}" if stage else args.model, recipe=recipe, step=0,
+        stage=stage, number=number, prefix=prefix(stage, args), recipe=recipe,
+        may_change=("dtype",), seen={}, step=0,
         steps=args.steps_of[stage], steps_before=start.steps, log_every=args.log_every,
-        shown=("rec", "sp", "d_loss"), tokenizer=tokenizer, discriminator=discriminator,
+        shown=("rec", "sp", "d_loss"), classes=data.classes, tokenizer=tokenizer,
+        discriminator=discriminator,
         reference=start.reference, ema=ema, lpips=lpips, opt_g=opt_g, opt_d=opt_d,
         meter=runs.Meter(device), autocast=partial(runs.autocast, device, dtype))
     s.networks = {"tokenizer": tokenizer, "discriminator": discriminator}  # in a checkpoint
     if ema is not None:
         s.networks["ema"] = ema
     s.optimisers = {"opt_g": opt_g, "opt_d": opt_d}
-    objective = aligntok_objective if args.model == "aligntok" else baselines.objective
+    objective = {"aligntok": aligntok_objective, "vfmvae": vfm_vae.objective}.get(
+        args.model, baselines.objective)
     s.objective = partial(objective, s, args)
     return s
+
+
+def prefix(stage, args):
+    """Of the stage's files."""
+    return stage if stage in vfm_vae.STAGES else f"stage{stage}" if stage else args.model
 
 
 def start_from_encoder(stage, args, data, run, device):
@@ -341,6 +395,78 @@ def start_from_stage_before(stage, args, run):
                            opt_d=content["opt_d"], steps=steps)
 
 
+def start_vfm_vae(stage, args, data, run, device):
+    """The first stage starts from the foundation encoder, the others from the final checkpoint of
+    the stage before."""
+    last_stage, content, opt_d, steps = stage == "patchgan", None, None, 0
+    if stage == "strong":
+        seed_torch(args.seed, "encoder")  # for random:NAME
+        if args.encoder == "tiny14":
+            encoder, arguments = toy.stand_in_encoder(args, data, run, device)
+        else:
+            with runs.rank_0_first():
+                encoder, arguments = load_foundation(args.encoder)
+        seed_torch(args.seed, "init")
+        kind = "siglip" if isinstance(encoder, vfm_vae.SigLIP) else "dinov2"
+        tokenizer = vfm_vae.VFMVAE({kind: arguments}, d=args.d, **vfm_vae.reading_sizes(
+            args.decoder, encoder))
+        tokenizer.vfm_encoder.encoder["vision_model"].load_state_dict(encoder.state_dict())
+    else:
+        before = prefix(args.stages[args.stages.index(stage) - 1], args)
+        path = Path(args.init or run.out / f"{before}.pt")
+        if not path.exists():
+            raise UserError(
+                f"there is no {path}: run --stage {before} first, or give --init CKPT")
+        content = load_file(path)
+        with reading(path, f"checkpoint of the stage {before}"):
+            if content["stage"] != before:
+                raise UserError(f"{path} is of stage {content['stage']}; "
+                                f"stage {stage} continues from stage {before}")
+            wanted = {"decoder": args.decoder, "d": args.d, "disc_ch": args.disc_ch,
+                      "dino": args.dino}
+            check_same(content["recipe"], wanted, path, "repeat them, or give another --init")
+            args.encoder = content["recipe"]["encoder"]
+            arguments, state = content["arguments"], content["tokenizer"]
+            if not STAGES[stage]["vf"]:  # linear_proj serves the VF loss alone
+                arguments = arguments | {"linear_proj": False}
+                state = {k: v for k, v in state.items() if "linear_proj" not in k}
+            tokenizer = build(vfm_vae.VFMVAE, arguments, state, path)
+            steps, opt_d = operator.index(content["total_steps"]), content["opt_d"]
+    main = losses.PatchGAN(args.disc_ch)
+    if args.dino != "none":
+        main = vfm_vae.ProjectedDiscriminator(mode=tokenizer.vfm_encoder.mode)
+    discriminator = vfm_vae.Discriminators(main, args.disc_ch, last_stage)
+    if content:
+        load_strictly(discriminator, content["discriminator"], path)
+        with reading(path, "checkpoint"):
+            runs.load_optimiser(torch.optim.Adam(discriminator.parameters(), fused=True), opt_d)
+    elif args.dino not in ("none", "random"):
+        path = find_weights(vfm_vae.DINO_URL, "", "--dino",
+                            None if args.dino == "official" else args.dino)
+        load_strictly(main.dino["model"]["model"], load_file(path, "DINO ViT-S/16"), path)
+    return SimpleNamespace(tokenizer=tokenizer, discriminator=discriminator, reference=None,
+                           opt_d=opt_d, steps=steps)
+
+
+def load_foundation(spec):
+    """(encoder, its arguments): SigLIP2 by a file or random:NAME; DINOv2 by load_encoder."""
+    name = spec.removeprefix("random:")
+    if name in vfm_vae.SIGLIPS:
+        if name == spec:
+            raise UserError(f"--encoder {spec}: give its file, {vfm_vae.SIGLIP_URL}")
+        print_0(f"encoder {name}: RANDOM weights, as asked for")
+        return vfm_vae.SigLIP(**vfm_vae.SIGLIPS[name]), vfm_vae.SIGLIPS[name]
+    if Path(spec).is_file():
+        state = {k: v for k, v in load_file(spec, "encoder").items()
+                 if k.startswith("vision_model.")}
+        if state:
+            print_0(f"encoder {spec}: sha256 {sha256(spec)}")
+            with reading(spec, "SigLIP2"):
+                arguments = vfm_vae.siglip_arguments(state)
+            return build(vfm_vae.SigLIP, arguments, state, spec), arguments
+    return load_encoder(spec)
+
+
 def seed_torch(*key):
     torch.manual_seed(int(rng(*key).integers(2 ** 62)))
 
@@ -348,14 +474,13 @@ def seed_torch(*key):
 def training_images(s, args, data, device):
     """Wraps the networks for DDP and returns the endless stream of (x, label), for a baseline
     (x, label, noise), from the stage's step on."""
-    if args.checkpointing:
-        runs.checkpoint_activations(s.tokenizer)
-    if args.compile:  # in place, so keys stay; by blocks, so the last layers' gradients are cheap
-        for block in s.tokenizer.blocks():
-            block.compile()
+    runs.make_fast(s.tokenizer, args, device, vfm_vae.ConvNeXtLayer)
+    runs.fast_weight_gradients(s.discriminator)
     s.ddp_tokenizer = runs.wrap(s.tokenizer, device)
     s.ddp_discriminator = runs.wrap(s.discriminator, device)
-    noise = None if s.stage else (args.d, *[args.size // s.tokenizer.factor] * 2)
+    noise = (args.d, *[args.size // s.tokenizer.factor] * 2)
+    if args.model == "aligntok":
+        noise = None
     crops = Crops(data, args.size, (args.seed, "augment", s.stage), noise)
     order = ShuffledBatches(len(data), args.batch_size, (args.seed, "order", s.stage), s.step,
                             args.accum, args.rank, args.world)
@@ -367,24 +492,27 @@ def describe_stage(s, args, data, device):
     for p in s.tokenizer.parameters():
         sizes[p.requires_grad] += p.numel()
     in_d = sum(p.numel() for p in s.discriminator.parameters())
-    trains = [name for name, _ in s.tokenizer.named_children()
+    trains = [name for name, _ in s.tokenizer.named_modules()
               if name in STAGES[s.stage]["trains"]]
     name = f"stage {s.stage}" if s.stage else args.model
     weights = f"w_sp {args.w_sp:g}"
     if not s.stage:
         weights = f"w_kl {args.w_kl:g}, w_vf {args.w_vf * (args.model == 'vavae'):g}"
+    weights = f"w_g {args.w_g:g} from step {args.disc_start} of all stages, {weights}"
+    if args.model == "vfmvae":
+        weights = ", ".join(f"{k} {STAGES[s.stage][k]:g}" for k in vfm_vae.WEIGHTS if k != "lpips")
     print_0(
         f"\n{name}, {STAGES[s.stage]['name']}: {' '.join(trains)} train, {sizes[True] / 1e6:.2f}M "
         f"parameters; {sizes[False] / 1e6:.2f}M frozen; discriminator {in_d / 1e6:.2f}M\n"
         f"{runs.describe(s, args, len(data), args.world)}\n"
-        f"  {device.type}, {s.recipe['dtype']}, w_p {args.w_p:g}, w_g {args.w_g:g} from step "
-        f"{args.disc_start} of all stages, {weights}")
+        f"  {device.type}, {s.recipe['dtype']}, w_p {args.w_p:g}, {weights}")
 
 
 # ---- stop and resume
 
 COLUMNS = ["stage", "step", "l1", "perceptual", "rec", "g_loss", "adaptive", "sp", "sp_to_var",
            "kl", "vf", "vf_adaptive", "d_loss", "d_real", "d_fake"]
+VFM_COLUMNS = ["multires", "ssim", "patchgan", "matching"]
 
 
 def resume_stage(s, args, run):
@@ -394,14 +522,14 @@ def resume_stage(s, args, run):
         run.forget(s.prefix)
     if final.exists():
         done = load_file(final)
-        check_same(done["recipe"], s.recipe, final)
+        check_same(done["recipe"], s.recipe, final, may_change=s.may_change)
         if done["step"] >= s.steps:
             print_0(f"{s.prefix} is complete: {final}")
             return True
         if not run.checkpoints(s.prefix):
             raise UserError(f"{final} is at step {done['step']} of {s.steps}, but its "
                             f"{s.prefix}_step*.pt are gone; --overwrite starts the stage again")
-    run.resume(s, stage=(s.stage,))
+    run.resume(s, stage=(s.number,))
     return False
 
 
@@ -413,30 +541,41 @@ PRESETS = {
         "size": 64, "encoder": "tiny14", "decoder": "tiny", "disc_ch": 16, "data": "shapes",
         "steps": (250, 300, 150), "batch_size": 32, "lr": 1e-3, "w_p": 0.0, "disc_start": 250,
         "ema_decay": 0.98, "workers": 0, "log_every": 25, "save_every": 100, "grid_every": 100,
-        "val_images": 512, "encode_images": 4096, "pretrain_steps": 500},
+        "val_images": 512, "encode_images": 4096, "pretrain_steps": 500, "dino": None},
     "paper": {
         "size": 256, "encoder": "vitl14", "decoder": "vavae", "disc_ch": 64,
         "data": "data/imagenet/train", "steps": (100_000, 200_000, 100_000), "batch_size": 256,
         "lr": 1e-4, "w_p": 1.0, "disc_start": 2_500, "ema_decay": 0.9999, "workers": 8,
         "log_every": 50, "save_every": 2_500, "grid_every": 2_500, "val_images": 5_000,
-        "encode_images": 50_000, "pretrain_steps": 0},
+        "encode_images": 50_000, "pretrain_steps": 0, "dino": None},
+}
+# What --model vfmvae changes. None: as its stage says (vfm_vae.STAGES); steps: of its four stages.
+VFM_PRESETS = {
+    "tiny": {"steps": (300, 300, 75, 75), "batch_size": 16, "dino": "none"},
+    "paper": {"encoder": "siglip2-l16-512", "decoder": "paper", "dino": "official", "lr": None,
+              "w_p": None, "ema_decay": None, "batch_size": 512,
+              "steps": [round(row["images"] / 512) for row in vfm_vae.STAGES.values()]},
 }
 
 
 def parse(argv=None):
     p = runs.Parser(__doc__)
     add = p.add_argument
-    add("--model", choices=["aligntok", "vae", "vavae"], default="aligntok",
-        help="vae, vavae: the paper's baselines, for the steps of all stages together")
-    add("--stage", choices=["1", "2", "3", "all"], default="all",
-        help="of aligntok (default: %(default)s)")
+    add("--model", choices=["aligntok", "vae", "vavae", "vfmvae"], default="aligntok",
+        help="vae, vavae: the paper's baselines, for the steps of all stages together; vfmvae: "
+             "VFM-VAE")
+    add("--stage", choices=["1", "2", "3", *vfm_vae.STAGES, "all"], default="all",
+        help="1, 2, 3 of aligntok, the others of vfmvae (default: %(default)s)")
     add("--init", help="the stage before's final checkpoint (default: in --out)")
     add("--out", default="runs/tokenizer", help="the run's folder (default: %(default)s)")
     p.training_flags()
     add("--lr", type=positive, help="of Adam, for G and D")
     add("--encoder-lr", type=positive, help="of E_p in stage 2 (default: --lr)")
     add("--encoder",
-        help="stage 1, vavae: vits14 ... vitg14, with _reg4, a DINOv2 file, or random:NAME")
+        help="stage 1, vavae: vits14 ... vitg14, with _reg4, a DINOv2 file, or random:NAME; "
+             "vfmvae: also a SigLIP2 file, or random:siglip2-l16-512")
+    add("--dino", help="vfmvae: DINO's ViT-S/16 for the discriminator, official, a file or random; "
+                       "none: a PatchGAN in its place")
     add("--d", type=count, default=32, help="latent channels (default: %(default)s)")
     add("--vgg16", help="torchvision's VGG16 file, for L_perceptual")
     add("--lpips-heads", help="LPIPS v0.1 VGG heads, for L_perceptual")
@@ -456,15 +595,18 @@ def parse(argv=None):
     add("--disc-start", type=index, help="step, counted through the stages, that begins the GAN")
     add("--encode-images", "--probe-images", type=count,
         help="training images for a stage's latent statistics and probe")
-    add("--check-data", action="store_true", help="first name the images that cannot be decoded")
     args = p.fill(argv, PRESETS)
 
-    args.encoder_given = "encoder" in args.given
+    args.encoder_given, args.stages = "encoder" in args.given, [1, 2, 3]
+    if args.model == "vfmvae":
+        return parse_vfmvae(args)
+    if args.stage in vfm_vae.STAGES:
+        raise UserError(f"--stage {args.stage} goes with --model vfmvae")
     if args.preset == "tiny" and "w_p" not in args.given and args.vgg16 and args.lpips_heads:
         args.w_p = 1.0  # that preset leaves L_perceptual out only because it needs files
     args.encoder_lr = args.encoder_lr or args.lr
     steps = [args.steps] * 4 if isinstance(args.steps, int) else [*args.steps, sum(args.steps)]
-    args.steps_of = dict(zip(STAGES, steps))
+    args.steps_of = dict(zip((1, 2, 3, 0), steps))
     if args.size % 16 or args.size < 32:  # 32: the least that PatchGAN takes
         raise UserError(f"--size must be divisible by 16 and at least 32, not {args.size}")
     if args.stage in ("1", "all") and args.init:
@@ -473,6 +615,40 @@ def parse(argv=None):
     if baseline and args.stage != "all" or args.model == "vae" and args.encoder_given:
         raise UserError(f"--model {args.model} is one stage, from scratch: no --stage, and for vae "
                         "no --encoder")
+    stages = [0] if baseline else [1, 2, 3]
+    args.now = stages if args.stage == "all" else [int(args.stage)]
+    return args
+
+
+def parse_vfmvae(args):
+    """The rest of parse for --model vfmvae."""
+    defaults = VFM_PRESETS[args.preset]
+    vars(args).update({k: v for k, v in defaults.items() if k not in args.given})
+    if "w_p" not in args.given and args.vgg16 and args.lpips_heads:
+        args.w_p = None
+    args.stages = list(vfm_vae.STAGES)
+    if args.stage not in (*args.stages, "all"):
+        raise UserError(f"--stage {args.stage}: --model vfmvae has {', '.join(args.stages)}")
+    if args.stage in ("strong", "all") and args.init:
+        raise UserError("--init continues from an earlier stage: it goes with --stage weak, ssim "
+                        "or patchgan")
+    if args.size % 64:
+        raise UserError("--size must be divisible by 64 (latent sides by 4) for vfmvae, not "
+                        f"{args.size}")
+    steps = [args.steps] * 4 if isinstance(args.steps, int) else args.steps
+    args.steps_of = dict(zip(args.stages, steps))
+    args.w_g = 0.0  # its GAN is among the objective's terms
+    args.now = args.stages if args.stage == "all" else [args.stage]
+    return args
+
+
+def of_stage(args, stage):
+    """The arguments of one stage: what no flag gives is the stage's (vfm_vae.STAGES)."""
+    args = copy.copy(args)
+    if args.model == "vfmvae":
+        row = vfm_vae.STAGES[stage]
+        args.lr = row["lr"] if args.lr is None else args.lr
+        args.w_p = row["lpips"] if args.w_p is None else args.w_p
     return args
 
 
@@ -480,25 +656,28 @@ def main(argv=None):
     args = parse(argv)
     args.rank, args.world, device = runs.setup_ranks()
     runs.check_batch_size(args, args.world)
-    stages = [1, 2, 3] if args.stage == "all" else [int(args.stage)]
-    if args.model != "aligntok":
-        stages = [0]
+    if args.model == "vfmvae":
+        try:
+            vfm_vae.local_groups(args.batch_size // args.world // args.accum)
+        except ValueError as e:
+            raise UserError(f"--batch-size {args.batch_size}: {e}") from None
     if args.data == "shapes":
         data, held_out = toy.open_shapes(args.val, args.size, args.val_images)
     else:
-        data, held_out = open_folders(args.data, args.val, args.val_images)
-    if args.check_data:
-        check_images([data, held_out], args.size, args.workers, args.rank, args.world)
+        data, held_out = on_rank_0(open_folders, args.data, args.val, args.val_images)
     lpips = None
-    if args.w_p > 0:
+    if args.w_p is None or args.w_p > 0:
         with runs.rank_0_first():
             lpips = load_lpips(args.vgg16, args.lpips_heads)[0].to(device)
     elif args.preset == "tiny":
         print_0("w_p = 0: no perceptual loss (it takes --vgg16 and --lpips-heads)")
     began = time.time()
-    with runs.Run(args.out, args.rank, COLUMNS) as run:
-        for stage in stages:
-            train_stage(stage, args, run, data, held_out, lpips, device)
+    columns = COLUMNS + VFM_COLUMNS * (args.model == "vfmvae")
+    with runs.Run(args.out, args.rank, columns) as run:
+        if args.check_data or args.skip_unreadable:
+            data, held_out = check_images([data, held_out], args, args.rank, args.world)
+        for stage in args.now:
+            train_stage(stage, of_stage(args, stage), run, data, held_out, lpips, device)
     print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
 
 

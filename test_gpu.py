@@ -1,0 +1,390 @@
+"""What a GPU computes, beside what a CPU does; what only a GPU does.
+
+    python test_smoke.py --device cuda [--out FOLDER] [words]   about two minutes on one GPU
+    python test_smoke.py --device cpu compile fake              what needs none
+
+A line a figure: PASS, FAIL or SKIP, its name, the figure, its bound, the seconds of its check. With
+--out the same as FOLDER/test_gpu.json. Networks and images are random; there is nothing to download.
+"""
+import argparse
+import copy
+import functools
+import json
+import signal
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import baselines
+import fid
+import losses
+import runs
+import sample
+import train_dit
+import train_tokenizer as tt
+from baselines import VAE
+from data import to_uint8
+from model import DECODERS, DITS, ENCODERS, Decoder, DINOv2, LightningDiT, Tokenizer, update_ema
+from test_smoke import complete, end, folder, random_weights, stage_by_hand, start
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+# ---- the same numbers as on a CPU
+
+class Call(nn.Module):
+    """A function as a network."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def networks():
+    """name -> (network, inputs)."""
+    def image(side, n=2):
+        return torch.rand(n, 3, side, side) * 2 - 1
+
+    dit = {"dim": 384, "depth": 4, "heads": 6, "grid": (8, 8)}
+    flow = torch.randn(2, 32, 8, 8), torch.rand(2), torch.tensor([0, 999])
+    small = {"dim": 384, "depth": 4}
+    z, y = torch.randn(2, 2, 32, 8, 8)
+    whole = torch.rand(2, 3, 128, 128).mul(255).byte().float()  # bytes have no gradient
+    return {
+        "dinov2": (DINOv2(**small), image(224)),
+        "dinov2 registers": (DINOv2(**small, registers=4), image(224)),
+        "features": (Call(DINOv2(**small).features), image(256)),
+        "decoder": (Decoder(**DECODERS["vavae"]), torch.randn(1, 32, 8, 8)),
+        "encoder": (baselines.Encoder(**DECODERS["vavae"]), image(128, 1)),
+        "patchgan": (losses.PatchGAN(), image(128)),
+        "lpips": (losses.LPIPS(), image(128), image(128)),
+        "lightningdit": (LightningDiT(**dit), *flow),
+        "lightningdit qk-norm": (LightningDiT(**dit, qk_norm=True), *flow),
+        "inception tf1": (Call(fid.Inception()), whole),
+        "inception torch": (Call(functools.partial(fid.Inception(), resize="torch")), whole),
+        "l1": (Call(lambda a, b: losses.reconstruction_loss(a, b, None, 0)[0]), image(64), image(64)),
+        "l_sp": (Call(losses.semantic_preservation), z, y),
+        "l_sp cosine": (Call(lambda a, b: losses.semantic_preservation(a, b, "cosine")), z, y),
+        "hinge": (Call(losses.hinge_d), z, y),
+        "kl": (Call(losses.kl_divergence), z),
+        "vf": (Call(losses.vf_loss), z, torch.randn(2, 64, 32)),
+        "flow matching": (Call(lambda a, b: losses.flow_matching(
+            lambda z_t, t, _: torch.sin(3 * z_t), a, b, torch.tensor([0.2, 0.7], device=a.device),
+            None, 1.0)[0]), z, y),
+    }
+
+
+def outcome(network, inputs, device, dtype):
+    """Output and gradients, on the CPU in fp64, of the same weights and inputs on a device."""
+    network = copy.deepcopy(network).to(device)
+    if isinstance(network, Call):  # what a function is bound to goes along
+        for cell in (getattr(network.function, "__self__", None), network.function,
+                     getattr(network.function, "func", None)):
+            if isinstance(cell, nn.Module):
+                cell.to(device)
+    inputs = [x.to(device).requires_grad_(x.is_floating_point()) for x in inputs]
+    with runs.autocast(device, dtype):
+        out = network(*inputs)
+    while not torch.is_tensor(out):
+        out = out["pool"] if isinstance(out, dict) else out[-1]
+    out.float().square().mean().sqrt().backward()
+    leaves = dict(network.named_parameters()) | {f"input {i}": x for i, x in enumerate(inputs)}
+    return out.detach().cpu().double(), {
+        name: x.grad.cpu().double() for name, x in leaves.items() if x.grad is not None}
+
+
+def compare(device):
+    """Relative norm of what differs: of the output, and of the worst parameter's gradient."""
+    fp32 = {"fp32": (FP32, False, 1e-5, 1e-4), "torch's flags": (FP32, True, 2e-3, 2e-2)}
+    for name, (network, *inputs) in networks().items():
+        torch.manual_seed(0)
+        random_weights(network, scale=0.02)
+        wanted, gradients = outcome(network, inputs, torch.device("cpu"), FP32)
+        largest = max(g.norm() for g in gradients.values())
+        noisy = name in ("patchgan", "lpips")
+        modes = fp32 | {"bf16": (BF16, False, *([0.1, 0.1] if noisy else [2e-2, 5e-2]))}
+        for mode, (dtype, tf32, bound, gradient_bound) in modes.items():
+            torch.backends.cudnn.allow_tf32 = tf32
+            found, own = outcome(network, inputs, device, dtype)
+            torch.backends.cudnn.allow_tf32 = False
+            yield f"{name}, {mode}", ((found - wanted).norm() / wanted.norm()).item(), bound
+            # a gradient that is zero but for rounding has no relative error
+            worst = max((own[k] - g).norm() / max(g.norm(), 1e-3 * largest)
+                        for k, g in gradients.items())
+            yield f"{name}, {mode}, gradient", worst.item(), gradient_bound
+
+
+def sampler(device):
+    """Eight guided steps of Heun to bytes: how many per cent differ, and by how much."""
+    torch.manual_seed(0)
+    dit = random_weights(LightningDiT(**DITS["tiny"], grid=(4, 4), num_classes=12))
+    tokenizer = Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]).eval()
+    tokenizer.latent_std.fill_(1)
+    def images(where):
+        dit.to(where)
+        tokenizer.to(where)
+        x, _ = sample.generate(dit, tokenizer, list(range(8)), torch.arange(12).numpy(), 0,
+                               sample.time_grid(8), "heun", cfg=2.0)
+        return to_uint8(x).cpu().int()
+
+    off = (images(torch.device("cpu")) - images(device)).abs()
+    yield "sampler, % of bytes", 100 * (off > 0).float().mean().item(), 0.1
+    yield "sampler, largest difference", off.max().item(), 1
+
+
+# ---- what only a GPU does
+
+def stage_on(device, stage, dtype, width="tiny"):
+    """(s, args, x): a stage's networks at their real or their smallest size."""
+    encoder, decoder, side, n = {
+        "tiny": ("tiny14", "tiny", 64, 4), "paper": ("vitb14", "vavae", 256, 4)}[width]
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(ENCODERS[encoder], DECODERS[decoder]).to(device)
+    tokenizer.requires_grad_(False).eval()
+    for name, part in tokenizer.named_children():
+        if name in tt.STAGES[stage]["trains"]:
+            part.requires_grad_(True).train()
+    tokenizer.latent_std.fill_(1)
+    frozen = copy.deepcopy(tokenizer).requires_grad_(False) if stage == 2 else None
+    s, args = stage_by_hand(tokenizer, losses.PatchGAN(16).to(device), frozen)
+    args.w_p, s.lpips = 1.0, losses.LPIPS().to(device)
+    s.autocast = functools.partial(runs.autocast, device, dtype)
+    s.ema, s.meter = copy.deepcopy(tokenizer).requires_grad_(False), runs.Meter(device)
+    trained = [p for p in tokenizer.parameters() if p.requires_grad]
+    s.opt_g = torch.optim.Adam(trained, 1e-4, fused=True)
+    s.opt_d = torch.optim.Adam(s.discriminator.parameters(), 1e-4, fused=True)
+    return s, args, torch.rand(n, 3, side, side, device=device) * 2 - 1
+
+
+def generator_on(device, dtype):
+    """(s, args, batch) of train_dit.py."""
+    model = LightningDiT(**DITS["tiny"], grid=(4, 4), num_classes=12).to(device)
+    s = SimpleNamespace(model=model, ddp_model=model, encode=False, meter=runs.Meter(device),
+                        ema=copy.deepcopy(model).requires_grad_(False),
+                        trained=[p for p in model.parameters() if p.requires_grad],
+                        autocast=functools.partial(runs.autocast, device, dtype))
+    s.opt = torch.optim.AdamW(s.trained, 1e-4, fused=True)
+    z0, z1 = torch.randn(2, 4, 32, 4, 4, device=device)
+    batch = z0, torch.tensor([0, 1, 2, 12], device=device), torch.randn(4, device=device), z1
+    return s, train_dit.parse(["--preset", "tiny"]), batch
+
+
+def waits(device):
+    """Three steps in which nothing waits for the device. The first one may: cuDNN looks around."""
+    def step_tokenizer(s, args, x):
+        s.meter.add(1, tt.training_step(x, [], s, args, True, True))
+        tt.update(s, args, True)
+
+    def step_generator(s, args, batch):
+        s.meter.add(1, train_dit.training_step(batch, s, args, True))
+        train_dit.update(s, args)
+
+    rows = [(f"stage {k}", step_tokenizer, stage_on(device, k, BF16)) for k in (1, 2, 3)]
+    rows.append(("the generator", step_generator, generator_on(device, BF16)))
+    for name, step, arguments in rows:
+        step(*arguments)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                step(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        yield f"{name} waits for the device", 0, 0
+
+
+def compiled(device):
+    """Loss and gradients of compiled networks beside eager ones; the number of graphs. On a CPU
+    the graphs are traced and run, but not turned into kernels, at the smallest sizes."""
+    gpu = device.type == "cuda"
+    compiler = torch.compile if gpu else functools.partial(torch.compile, backend="aot_eager")
+    dtype, small = (BF16 if gpu else FP32), {"ch": 4, "ch_mult": [1] * 5, "num_res_blocks": 0}
+    decoder = DECODERS["vavae"] if gpu else small
+    encoder = ENCODERS["vitb14"] if gpu else {"dim": 64, "depth": 2, "grid": 2}
+    side, dim = (256, 768) if gpu else (32, 64)
+    x = torch.rand(2, 3, side, side, device=device) * 2 - 1
+    noise = torch.randn(2, 32, side // 16, side // 16, device=device)
+    labels, t = torch.tensor([1, 3], device=device), torch.tensor([0.2, 0.7], device=device)
+
+    def step(build, compile, checkpointing):
+        torch.manual_seed(0)
+        network = random_weights(build(), scale=0.02).to(device).train()
+        flags = SimpleNamespace(compile=compile, checkpointing=checkpointing)
+        runs.make_fast(network, flags, device)
+        if isinstance(network, LightningDiT):
+            with runs.autocast(device, dtype):
+                loss, *_ = losses.flow_matching(network, noise, noise.flip(0), t, labels, 1.0)
+            loss.backward()
+        else:
+            frozen = Tokenizer(encoder, decoder).to(device).requires_grad_(False)
+            frozen.latent_std.fill_(1)
+            s, args = stage_by_hand(network, losses.PatchGAN(16).to(device), frozen)
+            s.autocast = functools.partial(runs.autocast, device, dtype)
+            if isinstance(network, VAE):
+                args.model, s.reference = "vavae", frozen.encoder
+                s.objective = functools.partial(baselines.objective, s, args)
+            inputs = [noise] if isinstance(network, VAE) else []
+            loss = tt.training_step(x, inputs, s, args, True, True)["rec"]
+        return loss.item(), torch.cat([p.grad.flatten().float() for p in network.parameters()
+                                       if p.grad is not None])
+
+    stats = torch._dynamo.utils.counters
+    dit = {"grid": noise.shape[2:], "d": 32, "num_classes": 5} | (
+        DITS["B/1"] if gpu else {"dim": 32, "depth": 2, "heads": 2})
+    for name, build, graphs, graphs_checkpointing in (
+            ("stage 2", lambda: Tokenizer(encoder, decoder), 2, 10 if gpu else 6),
+            ("vavae", lambda: VAE(decoder, 32, dim), 5, 10 if gpu else 5),
+            ("lightningdit", lambda: LightningDiT(**dit), 1, 1)):
+        for checkpointing in (False, True):
+            full = f"compiled {name}" + ", checkpointing" * checkpointing
+            loss, gradients = step(build, False, checkpointing)
+            torch._dynamo.reset()
+            stats.clear()
+            with patch("torch.compile", compiler):
+                own, found = step(build, True, checkpointing)
+            exact = 1 if gpu else 1e-3
+            yield f"{full}, loss", abs(own - loss) / abs(loss), 1e-2 * exact
+            yield (f"{full}, gradient", ((gradients - found).norm() / gradients.norm()).item(),
+                   5e-2 * exact)
+            yield (f"{full}, graphs", stats["stats"]["unique_graphs"],
+                   graphs_checkpointing if checkpointing else graphs)
+            yield f"{full}, broken graphs", sum(stats["graph_break"].values()), 0
+
+
+def fake(device):
+    """Every training step on a CUDA device that is not there: tensors with a shape and a device,
+    but no numbers, so that one which was left on the CPU is found. The backward passes need a
+    driver, and are left out."""
+    mode, cuda = FakeTensorMode(), torch.device("cuda:0")
+
+    def on_cuda(x):
+        return FakeTensor(mode, x.detach().to("meta"), cuda)
+
+    def moved(network):
+        for part in network.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    part._parameters[name] = nn.Parameter(on_cuda(p), p.requires_grad)
+            for name, b in part._buffers.items():
+                if b is not None:
+                    part._buffers[name] = on_cuda(b)
+        return network
+
+    def gradient(loss, leaves, **_):
+        return [torch.zeros_like(x) for x in (leaves if isinstance(leaves, list) else [leaves])]
+
+    cpu = torch.device("cpu")
+    with (patch.object(torch.Tensor, "backward", lambda loss: None),
+          patch("torch.autograd.grad", gradient)):
+        for stage in (1, 2, 3):
+            s, args, x = stage_on(cpu, stage, FP32)
+            for part in (s.tokenizer, s.discriminator, s.lpips, s.reference, s.ema):
+                if part is not None:
+                    moved(part)
+            x = on_cuda(x)
+            with mode:
+                s.autocast = functools.partial(runs.autocast, cuda, BF16)
+                log = tt.training_step(x, [], s, args, True, True)
+                update_ema(s.ema, s.tokenizer, 0.9)
+            yield f"stage {stage}, figures on the CPU", sum(v.is_cpu for v in log.values()), 0
+        s, args, batch = generator_on(cpu, FP32)
+        batch = tuple(map(on_cuda, batch))
+        moved(s.model)
+        with mode:
+            s.autocast = functools.partial(runs.autocast, cuda, BF16)
+            log = train_dit.training_step(batch, s, args, True)
+        yield "generator, figures on the CPU", sum(v.is_cpu for v in log.values()), 0
+
+
+def scripts(device):
+    """The scripts as processes: the preset tiny, 12 steps a stage, alone and under torchrun with
+    one rank; a stop and a resume; train_dit, sample and fid after them."""
+    with folder() as d:
+        tiny = ["--preset", "tiny", "--steps", 12, "--val-images", 64, "--encode-images", 256]
+        for ranks, name in ((0, "alone"), (1, "torchrun")):
+            complete("train_tokenizer.py", *tiny, "--out", d / name, ranks=ranks)
+            yield f"train_tokenizer.py, {name}", 0, 0
+        flags = [*tiny[:2], "--tokenizer", d / "alone/stage3.pt", "--out", d / "dit", "--data",
+                 "shapes", "--save-every", 20]
+        process = start("train_dit.py", *flags, "--steps", 100_000)
+        deadline = time.time() + 60
+        while not list(d.glob("dit/dit_step*.pt")) and time.time() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert "stopped by a signal" in end(process), "no stop by SIGTERM"
+        saved = int(max(d.glob("dit/dit_step*.pt")).stem[-8:])
+        complete("train_dit.py", *flags, "--steps", saved + 10)
+        yield "train_dit.py, stopped and resumed", 0, 0
+        complete("sample.py", *tiny[:2], "--dit", d / f"dit/dit_step{saved + 10:08d}.pt",
+                 "--tokenizer", d / "alone/stage3.pt", "-n", 64, "--steps", 8, "--out", d / "s.npz")
+        complete("fid.py", "--probe", d / "alone/stage3.pt", "shapes", "shapes")
+        yield "sample.py, fid.py", 0, 0
+
+
+# ---- to run them
+
+CHECKS = {"compare": compare, "sampler": sampler, "waits": waits, "compiled": compiled,
+          "fake": fake, "scripts": scripts}
+NEED_A_GPU = ("compare", "sampler", "waits")
+
+
+def late(*_):
+    raise TimeoutError("the check is past its deadline")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("words", nargs="*", help="checks whose names hold one of them (default: all)")
+    p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    p.add_argument("--seconds", type=int, default=100, help="deadline of a check")
+    p.add_argument("--out", type=Path, help="folder for test_gpu.json")
+    args = p.parse_args(argv)
+    runs.setup_ranks()  # no TF32
+    device, rows = torch.device(args.device), []
+
+    def say(result, name, figure, bound, seconds):
+        rows.append({"result": result, "name": name, "figure": figure, "bound": bound,
+                     "seconds": round(seconds, 1)})
+        number = f"{figure:.3g}" if isinstance(figure, float) else figure
+        print(f"{result} {name}: {number} ({bound}) {seconds:.1f} s", flush=True)
+
+    for name, check in CHECKS.items():
+        if args.words and not any(word in name for word in args.words):
+            continue
+        if name in NEED_A_GPU and args.device == "cpu":
+            say("SKIP", name, "no GPU", "-", 0)
+            continue
+        began = time.time()
+        if hasattr(signal, "SIGALRM"):
+            signal.signal(signal.SIGALRM, late)
+            signal.alarm(args.seconds)
+        try:
+            for figure_name, figure, bound in check(device):
+                # not `>`: NaN is above no bound
+                result = "PASS" if figure <= bound else "FAIL"
+                say(result, figure_name, figure, bound, time.time() - began)
+        except Exception as e:  # noqa: BLE001, whatever a check raises is its failure
+            traceback.print_exc()
+            say("FAIL", name, f"{type(e).__name__}: {str(e).splitlines()[:1]}", "-",
+                time.time() - began)
+        if hasattr(signal, "SIGALRM"):
+            signal.alarm(0)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "test_gpu.json").write_text(json.dumps(rows, indent=1))
+    failed = sum(row["result"] == "FAIL" for row in rows)
+    print(f"{len(rows) - failed} passed or skipped, {failed} failed")
+    raise SystemExit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
