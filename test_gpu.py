@@ -182,7 +182,7 @@ def waits(device):
     """Three steps in which nothing waits for the device. The first one may: cuDNN looks around."""
     def step_tokenizer(s, args, x):
         s.meter.add(1, tt.training_step(x, [], s, args, True, True))
-        tt.update(s, args, True)
+        tt.update(s, args)
 
     def step_generator(s, args, batch):
         s.meter.add(1, train_dit.training_step(batch, s, args, True))

@@ -163,9 +163,9 @@ def update(s, args):
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
     if s.ema is not None:
-        images = (s.steps_before + s.step + 1) * args.batch_size
         decay = args.ema_decay
-        if decay is None:
+        if decay is None:  # VFM-VAE's grows with the images seen
+            images = (s.steps_before + s.step + 1) * args.batch_size
             decay = vfm_vae.ema_decay(images, args.batch_size)
         update_ema(s.ema, s.tokenizer, decay)
 
