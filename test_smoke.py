@@ -1964,6 +1964,8 @@ def test_flux_vae_as_a_tokenizer():
         mse = (data.to_uint8(vae.decode(vae.encode(x))) - images.astype(float)) ** 2
         found = figures("--recon", d / "ae.pt", d / "a", "--size", 64, "--metrics", "psnr")
         close(found["PSNR"], (10 * np.log10(255 ** 2 / mse.mean((1, 2, 3)))).mean(), 1e-5)
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)  # it has no foundation encoder
+        assert [*fid.latents_and_tokens(vae, pixels, torch.arange(4), 1.0)] == ["latents"]
 
 
 # -------------------------------------------------------------------------------------- captions.py
@@ -1977,6 +1979,9 @@ def test_caption_folder():
         pairs = captions.open_captions(d, d / "index", 0)
         assert pairs.captions == [f"number {i}" for i in range(4)] and len(pairs) == 4
         assert np.array_equal(pairs.image(2), Image.open(d / "class1" / "001.png"))
+        part = pairs.subset([3, 2])
+        assert part.captions == ["number 3", "number 2"] and part.labels is None
+        assert np.array_equal(part.image(1), pairs.image(2)) and part.identity != pairs.identity
         text = d / "class0" / "000.txt"
         for words, change in {
                 ("1 empty captions", "000.txt"): lambda: text.write_text(" \n"),
@@ -2012,14 +2017,17 @@ def test_caption_shards():
     with folder() as d:
         whole = {f"{i:05d}": {"jpg": jpeg(i), "txt": f"picture {i}".encode(), "json": b"{}"}
                  for i in range(6)}
+        Image.open(io.BytesIO(jpeg(0))).save(d / "a.png")
+        png = (d / "a.png").read_bytes()
         broken = {"10": {"jpg": jpeg(0)[:500], "txt": b"cut"}, "11": {"jpg": jpeg(0)},
-                  "12": {"txt": b"alone"}, "13": {"jpg": jpeg(0), "txt": b" "}}
+                  "12": {"txt": b"alone"}, "13": {"jpg": jpeg(0), "txt": b" "},
+                  "14": {"png": png[:-14] + b"\1" + png[-13:], "txt": b"another CRC"}}
         write_shard(d / "00000.tar", dict(list(whole.items())[:4]))
         write_shard(d / "00001.tar", broken | dict(list(whole.items())[4:]))
         with patch("builtins.print") as printed:
             shards = captions.open_captions(d, d / "index", 1)
         text = printed.call_args[0][0]
-        assert "4 broken samples" in text and all(f"00001.tar:{k}" in text for k in broken), text
+        assert "5 broken samples" in text and all(f"00001.tar:{k}" in text for k in broken), text
         assert shards.captions == [f"picture {i}" for i in range(6)] and len(shards) == 6
         for i in range(6):
             assert np.array_equal(shards.image(i), Image.open(io.BytesIO(jpeg(i))))
@@ -2027,6 +2035,12 @@ def test_caption_shards():
             again = captions.CaptionShards(d, d / "index")
         assert again.samples == shards.samples and again.identity == shards.identity
         write_shard(d / "00001.tar", {"00009": whole["00000"]})
+        full = OSError(errno.EMFILE, "Too many open files")
+        with patch("builtins.open", side_effect=full), refused("Too many open files"):
+            shards.image(0)
+        part = shards.subset([4, 1])
+        assert part.captions == ["picture 4", "picture 1"] and part.identity != shards.identity
+        assert part.name(1) == b"00000.tar:00001.jpg"
         changed = captions.CaptionShards(d, d / "index")
         assert len(changed) == 5 and changed.identity != shards.identity
         tar = (d / "00001.tar").read_bytes()
@@ -3278,7 +3292,9 @@ def test_train_from_captions():
                 Shapes, "captions", [f"a red {name}" for name in toy.SHAPES] * 2):
             for steps in (1, 2):
                 execute(train_dit, *ours, "--out", d / "a", "--steps", steps)
-            execute(train_dit, *ours, "--out", d / "b", "--steps", 2)
+            with recorded(losses, "logit_normal") as times:
+                execute(train_dit, *ours, "--out", d / "b", "--steps", 2)
+            assert [shift for (_, shift), _ in times] == [mmdit.time_shift(4)] * 2
             assert same(*(load_file(d / k / "dit_step00000002.pt") for k in "ab")) is None
             text = np.load(d / "a" / "text.npy")
             encoder = captions.Words(toy.VOCABULARY)
@@ -3298,6 +3314,11 @@ def test_train_from_captions():
             kept = [i for i in range(24) if not empty[i]]
             assert all(np.array_equal(draws[i][1], text[i]) for i in kept)
             assert all(np.array_equal(draws[i][0], latents[i, 0]) for i in range(24))
+            flow.text = np.load(d / "a" / "text.npy", mmap_mode="r")
+            flow.latents = np.load(d / "a" / "latents.npy", mmap_mode="r")
+            again = pickle.loads(pickle.dumps(flow))
+            assert all(isinstance(a, np.memmap) for a in (again.text, again.latents))
+            assert all(same(again[0, i], flow[0, i]) is None for i in range(4))
 
         dit, ours = d / "a" / "dit_step00000002.pt", [
             "--preset", "tiny", "--tokenizer", d / "tok.pt", "--steps", 2, "--dtype", "fp32"]
