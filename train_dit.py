@@ -236,7 +236,7 @@ class FlowData(Dataset):
         return x, y, normal, z1
 
     def __getstate__(self):
-        """A worker that is not a fork opens the memory maps itself: pickled, they would be copied."""
+        """A worker that is not a fork opens the memory maps itself: pickled, they are copied."""
         maps = {"latents": self.latents, "text": self.text}
         return vars(self) | {k: None if m is None else m.filename for k, m in maps.items()}
 
