@@ -2234,7 +2234,9 @@ def test_steps_against_autograd():
                  f"{encoder} --model vavae --w-vf 0.4 --vf-margins 0.1 0.2")):
             with recorded(tt, "training_step") as micro_batches:
                 execute(tt, *PLAIN, *common.split(), *own.split(), "--out", d / name)
-            assert len({x.mean().item() for (x, *_), _ in micro_batches}) == 4, "each of other images"
+            assert len({x.mean().item() for (x, *_), _ in micro_batches}) == 4, "each other images"
+            for (x, noise, *_), _ in micro_batches:
+                assert len(x) == 2 and (not noise or noise[0].shape == (2, 32, 2, 2))
             before, after = map(load_file, sorted((d / name).glob("*_step*.pt")))
 
             net = (VAE if "vae" in name else Tokenizer)(**before["arguments"])
@@ -2499,8 +2501,8 @@ def test_autocast():
 
 
 def test_seeds():
-    """A seed draws E_p (random:NAME) and the other networks, another seed others; --d and the
-    preset's disc_ch are their sizes."""
+    """A seed draws E_p (random:NAME) and the other networks, another seed others, the other
+    networks whatever E_p is; --d and the preset's disc_ch are their sizes."""
     def begin(stage=1, *flags):
         args = tt.parse([*SMALL, *flags])
         start = tt.start_from_encoder(stage, args, None, None, CPU)
@@ -2515,6 +2517,7 @@ def test_seeds():
     for part, k in enumerate(("cls_token", "conv_out.weight", "main.0.weight")):
         assert not torch.equal(first[part][k], other[part][k])
     begin(0, "--d", "24")
+    assert same(first[2], begin(1, "--encoder", "random:tiny14_reg4")[2]) is None
 
 
 def test_recipe():
