@@ -1758,7 +1758,7 @@ def test_vfm_vae_discriminator():
 def test_vfm_vae_objective():
     """The terms of each stage and their weights; G's gradients come from its own terms, D's from
     its loss; what the lower images, VF's weight and the last stage do."""
-    tok, s = small_vfm(), SimpleNamespace(step=0, steps=100)
+    tok, s, args = small_vfm(), SimpleNamespace(step=0, steps=100), SimpleNamespace(w_gan=0.3)
     s.tokenizer = s.ddp_tokenizer = tok
     x, noise, target = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 8, 4, 4), None
     always = {"multires", "g_loss", "d_loss", "d_real", "d_fake"}
@@ -1768,12 +1768,12 @@ def test_vfm_vae_objective():
         d = vfm_vae.Discriminators(losses.PatchGAN(4), 4, last_stage=s.stage == "patchgan")
         s.discriminator = s.ddp_discriminator = d
         with patch.object(vfm_vae, "draw_transform", return_value=vfm_vae.Transform(1.0, 1)):
-            target, recon, terms = vfm_vae.objective(s, None, x, noise)
+            target, recon, terms = vfm_vae.objective(s, args, x, noise)
         assert terms.keys() == always | own
         turned = s.stage != "patchgan"
         assert torch.equal(target, x.flip(2).transpose(2, 3) if turned else x)
         assert recon.is_leaf == (s.stage == "patchgan"), "then L_rec only watches"
-        for name, value in {"vf": {"strong": 5, "weak": 1}.get(s.stage), "matching": 10,
+        for name, value in {"vf": {"strong": 5, "weak": 1}.get(s.stage), "matching": 10, "g_loss": 0.3,
                             "multires": 0.1 * (s.stage == "strong"), "kl": 1e-6}.items():
             assert name not in terms or terms[name][0] == value, (s.stage, name)
         for name, (weight, value, *_) in terms.items():
@@ -1784,10 +1784,10 @@ def test_vfm_vae_objective():
             assert moved == ([] if weight is None else [d] if name == "d_loss" else [tok]), name
 
     s.stage, s.step = "strong", 25
-    assert vfm_vae.objective(s, None, x, noise)[2]["multires"][0] == 0, "after a quarter"
+    assert vfm_vae.objective(s, args, x, noise)[2]["multires"][0] == 0, "after a quarter"
     s.step = 24
     with patch.object(vfm_vae, "draw_transform", return_value=vfm_vae.Transform()):
-        x, recon, terms = vfm_vae.objective(s, None, x, noise)
+        x, recon, terms = vfm_vae.objective(s, args, x, noise)
     _, lower, _, z_proj, last = tok(x, noise)
     multires = sum((F.interpolate(x, y.shape[2:], mode="bilinear", antialias=True) - y).abs().mean()
                    for y in lower)
@@ -2662,7 +2662,9 @@ def test_steps_against_autograd():
                  f"{encoder} --model vavae --w-vf 0.4 --vf-margins 0.1 0.2")):
             with recorded(tt, "training_step") as micro_batches:
                 execute(tt, *PLAIN, *common.split(), *own.split(), "--out", d / name)
-            assert len({x.mean().item() for (x, *_), _ in micro_batches}) == 4, "each of other images"
+            assert len({x.mean().item() for (x, *_), _ in micro_batches}) == 4, "each other images"
+            for (x, noise, *_), _ in micro_batches:
+                assert len(x) == 2 and (not noise or noise[0].shape == (2, 32, 2, 2))
             before, after = map(load_file, sorted((d / name).glob("*_step*.pt")))
 
             net = (VAE if "vae" in name else Tokenizer)(**before["arguments"])
@@ -2927,8 +2929,8 @@ def test_autocast():
 
 
 def test_seeds():
-    """A seed draws E_p (random:NAME) and the other networks, another seed others; --d and the
-    preset's disc_ch are their sizes."""
+    """A seed draws E_p (random:NAME) and the other networks, another seed others, the other
+    networks whatever E_p is; --d and the preset's disc_ch are their sizes."""
     def begin(stage=1, *flags):
         args = tt.parse([*SMALL, *flags])
         start = tt.start_from_encoder(stage, args, None, None, CPU)
@@ -2943,6 +2945,7 @@ def test_seeds():
     for part, k in enumerate(("cls_token", "conv_out.weight", "main.0.weight")):
         assert not torch.equal(first[part][k], other[part][k])
     begin(0, "--d", "24")
+    assert same(first[2], begin(1, "--encoder", "random:tiny14_reg4")[2]) is None
 
 
 def test_recipe():
@@ -3052,7 +3055,10 @@ def test_vfm_vae_trains():
     a, b = (load_file(out / "strong_step00000003.pt") for out in (again, TMP / "vfm-whole"))
     assert (difference := same(a, b)) is None, difference
     complete("train_tokenizer.py", *flags, "--stage", "patchgan", "--init", run / "ssim.pt",
-             "--steps", 2, "--out", TMP / "vfm-ranks", ranks=2)
+             "--steps", 2, "--out", TMP / "vfm-ranks", "--encode-images", 20, ranks=2)
+    stay = [load_file(out)["tokenizer"]["latent_std"]
+            for out in (run / "ssim.pt", TMP / "vfm-ranks" / "patchgan.pt")]
+    assert torch.equal(*stay), "the decoder's stages keep the statistics, of whatever images"
 
     weak, last = (load_tokenizer(run / f"{stage}.pt", vfm_vae.VFMVAE)
                   for stage in ("weak", "patchgan"))

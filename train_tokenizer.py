@@ -312,7 +312,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
         "w_g", "w_sp", "sp_loss", "sp_at", "w_kl", "w_vf", "vf_margins", "disc_start",
         "ema_decay")}
     if args.model == "vfmvae":
-        recipe["dino"] = args.dino
+        recipe |= {"dino": args.dino, "w_gan": args.w_gan}
     # VFM-VAE's steps draw from it; a checkpoint keeps its state
     seed_torch(args.seed, "stage", stage, run.rank)
     number = args.stages.index(stage) + 1 if args.model == "vfmvae" else stage
@@ -549,11 +549,12 @@ PRESETS = {
         "log_every": 50, "save_every": 2_500, "grid_every": 2_500, "val_images": 5_000,
         "encode_images": 50_000, "pretrain_steps": 0, "dino": None},
 }
-# What --model vfmvae changes. None: as its stage says (vfm_vae.STAGES); steps: of its four stages.
+# What --model vfmvae changes. w_gan: times the stage's weight of the GAN; tiny's L_rec has no 10
+# LPIPS, and a tenth balances it. None: as its stage says (vfm_vae.STAGES); steps: of its four stages.
 VFM_PRESETS = {
-    "tiny": {"steps": (300, 300, 75, 75), "batch_size": 16, "dino": "none"},
-    "paper": {"encoder": "siglip2-l16-512", "decoder": "paper", "dino": "official", "lr": None,
-              "w_p": None, "ema_decay": None, "batch_size": 512,
+    "tiny": {"steps": (300, 300, 75, 75), "batch_size": 16, "dino": "none", "w_gan": 0.1},
+    "paper": {"encoder": "siglip2-l16-512", "decoder": "paper", "dino": "official", "w_gan": 1.0,
+              "lr": None, "w_p": None, "ema_decay": None, "batch_size": 512,
               "steps": [round(row["images"] / 512) for row in vfm_vae.STAGES.values()]},
 }
 
@@ -625,7 +626,7 @@ def parse_vfmvae(args):
     defaults = VFM_PRESETS[args.preset]
     vars(args).update({k: v for k, v in defaults.items() if k not in args.given})
     if "w_p" not in args.given and args.vgg16 and args.lpips_heads:
-        args.w_p = None
+        args.w_p, args.w_gan = None, 1.0
     args.stages = list(vfm_vae.STAGES)
     if args.stage not in (*args.stages, "all"):
         raise UserError(f"--stage {args.stage}: --model vfmvae has {', '.join(args.stages)}")

@@ -1062,7 +1062,7 @@ def multi_resolution(target, lower, mode):
     return total
 
 
-def gan_terms(s, weights, x, recon):
+def gan_terms(s, weights, w_gan, x, recon):
     """Both sides of the GAN. D's own loss sees x^ detached, and the generator's passes through a
     frozen D: one backward pass serves both."""
     real, real_scales = s.ddp_discriminator(x)
@@ -1071,7 +1071,7 @@ def gan_terms(s, weights, x, recon):
     s.discriminator.requires_grad_(False)
     logits, scales = s.discriminator(recon)
     s.discriminator.requires_grad_(True)
-    terms = {"g_loss": (weights["gan"], -logits.float().mean())}
+    terms = {"g_loss": (w_gan * weights["gan"], -logits.float().mean())}
     if weights["patchgan"]:
         d_loss = d_loss + least_squares(real_scales, 1) + least_squares(fake_scales, 0)
         matching = feature_matching(real_scales, scales)
@@ -1083,7 +1083,7 @@ def gan_terms(s, weights, x, recon):
 
 def objective(s, args, x, noise):
     """As train_tokenizer.aligntok_objective: the images to paint, x^, and the terms beside L_rec =
-    L1 + w_p LPIPS. s.stage: of STAGES; s.discriminator: a Discriminators; noise: (B, d, h, w),
+    L1 + w_p LPIPS. args.w_gan: 1, or less where L_rec lacks LPIPS. s.stage: of STAGES; s.discriminator: a Discriminators; noise: (B, d, h, w),
     standard normal."""
     weights, mode = STAGES[s.stage], s.tokenizer.vfm_encoder.mode
     transform = draw_transform(*noise.shape[-2:]) if weights["equivariance"] else Transform()
@@ -1102,7 +1102,7 @@ def objective(s, args, x, noise):
     if weights["ssim"]:
         similarity = ssim(x, recon.float().clamp(-1, 1)).mean()
         terms["ssim"] = (weights["ssim"], 1 - similarity)
-    terms |= gan_terms(s, weights, x, recon)
+    terms |= gan_terms(s, weights, args.w_gan, x, recon)
     if not weights["l1"]:  # only logged: L_rec's gradient ends here
         recon = recon.detach().requires_grad_()
     return x, recon, terms
