@@ -153,10 +153,9 @@ def sample_grid(s, args, path):
 # ---- latents, noise
 
 @torch.no_grad()
-def cached_latents(path, tokenizer, data, args, device):
+def cached_latents(path, tokenizer, data, args, device, views=2):
     """The normalised latents of all images, as they are and flipped: a read-only memory map
-    (n, 2, d, h, w) fp16; with --captions (n, 1, d, h, w), because a caption may tell left from
-    right.
+    (n, views, d, h, w) fp16. views: 1 leaves out the flipped, as a caption tells left from right.
 
     Encoded once, by all ranks; after a stop, only what is missing. In fp32, so that a latent does
     not depend on the hardware's bf16. The file belongs to one tokenizer (its fingerprint) and one
@@ -170,7 +169,6 @@ def cached_latents(path, tokenizer, data, args, device):
         pixels.update(item[0].numpy().tobytes())
     recipe = {"tokenizer": fingerprint(tokenizer), "data": data.identity,
               "pixels": pixels.hexdigest()[:16], "size": args.size}
-    views = 1 if args.captions else 2
     shape = (views, tokenizer.d, side, side)
     array = BatchedArray(path, n, shape, np.float16, recipe, args.overwrite)
     if not array.complete:
@@ -258,7 +256,8 @@ def set_up(args, run, tokenizer, data, device):
     labelled = data.labels is not None and not args.unconditional and not args.captions
     K = len(data.classes) if labelled else 0
     latents = None if args.no_cache else cached_latents(
-        args.cache or run.out / "latents.npy", tokenizer, data, args, device)
+        args.cache or run.out / "latents.npy", tokenizer, data, args, device,
+        views=1 if args.captions else 2)
     text = set_up_text(args, run, data, device) if args.captions else None
 
     torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))  # the same on every rank
