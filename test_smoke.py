@@ -401,6 +401,7 @@ def test_dinov2_against_numpy():
     """A forward of a one-block register model on an oblong image, in plain numpy with a loop over
     the heads."""
     net = random_weights(DINOv2(dim=128, depth=1, registers=4, grid=3), scale=0.1).double()
+    torch.nn.init.ones_(net.mask_token)  # a plain forward does not read it
     w = {k: v.numpy() for k, v in net.state_dict().items()}
     x = torch.randn(1, 3, 28, 42, dtype=torch.float64)
 
@@ -2660,11 +2661,13 @@ def test_steps_against_autograd():
                  "--model vae --w-g 0 --compile --checkpointing"),
                 ("vavae", "encoder quant_conv post_quant_conv decoder linear_proj", 1, "",
                  f"{encoder} --model vavae --w-vf 0.4 --vf-margins 0.1 0.2")):
-            with recorded(tt, "training_step") as micro_batches:
+            with (recorded(tt, "training_step") as micro_batches,
+                  recorded(tt, "train_stage") as stages):
                 execute(tt, *PLAIN, *common.split(), *own.split(), "--out", d / name)
             assert len({x.mean().item() for (x, *_), _ in micro_batches}) == 4, "each other images"
             for (x, noise, *_), _ in micro_batches:
                 assert len(x) == 2 and (not noise or noise[0].shape == (2, 32, 2, 2))
+            assert [part.split for part in stages[0][0][3:5]] == ["train", "val"]
             before, after = map(load_file, sorted((d / name).glob("*_step*.pt")))
 
             net = (VAE if "vae" in name else Tokenizer)(**before["arguments"])
@@ -2859,9 +2862,10 @@ def test_end_of_a_stage():
                  "--steps", 1, "--w-p", 0.6, "--lr", 0.03, "--check-data"]
         for stage, n, val_images in ((2, 10, 6), (3, 12, 99)):
             with (recorded(tt, "training_step") as steps, recorded(tt, "linear_probe") as probes,
-                  recorded(tt, "check_images") as checks):
+                  recorded(tt, "check_images") as checks, recorded(tt, "open_folders") as opened):
                 execute(tt, *flags, "--stage", stage, "--encode-images", n,
                         "--val-images", val_images)
+            assert opened[0][0] == (str(d / "a"), str(d / "b"), val_images)
             assert [len(part) for part in checks[0][0][0]] == [16, 8]
             crops.append(crops_in(steps))
 

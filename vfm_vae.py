@@ -5,8 +5,8 @@ and the decoder learns to paint from its features.
     x -> frozen encoder, three layers -> projection -> z -> expansion -> style, four injections
       -> six blocks of modulated ConvNeXt layers -> an RGB image at every resolution, the last is x^
 
-Official keys: the released checkpoints load strictly and unmodified. Written from the description
-of the method (FACTS2 A, whose paragraphs are cited), not from its code.
+Official keys: the released checkpoints load strictly and unmodified. Written from a description of
+the method, not from its code.
 
 Departures. One forward serves both sides of the GAN; the released code draws the equivariance
 transform and runs the tokenizer twice. A loss that is not finite stops the run; there it is patched
@@ -28,7 +28,7 @@ from torch import nn
 from losses import kl_divergence, ssim, vf_loss
 from model import MLP, Block, DINOv2, LatentSpace, PatchEmbed, attention
 
-# ---- the foundation encoder, frozen (A.1, B)
+# ---- the foundation encoder, frozen
 
 class TanhMLP(MLP):
     def forward(self, x):
@@ -185,7 +185,7 @@ def resize(x, scale, mode, antialias):
     return F.interpolate(x, size, mode=mode, antialias=antialias)
 
 
-# ---- projection and expansion (A.2)
+# ---- projection and expansion
 
 class ProjectionAttention(nn.Module):
     """Attention inside a change of width. A head is as wide as the narrower side; going down the
@@ -301,7 +301,7 @@ class LDMAdapter(nn.Module):
         return to_map(self.post_quant(to_tokens(z)), *z.shape[-2:])
 
 
-# ---- the style (A.3)
+# ---- the style
 
 class FullyConnected(nn.Module):
     """StyleGAN's linear layer with an equalised learning rate: what is stored has unit variance,
@@ -345,7 +345,7 @@ class Affine(nn.Module):
         return a * b + c
 
 
-# ---- the decoder (A.4)
+# ---- the decoder
 
 class GroupNorm(nn.GroupNorm):
     """32 groups, or fewer where one would have less than `least` channels; in fp32 whatever the
@@ -725,7 +725,7 @@ def load(source):
     return tokenizer.eval()
 
 
-# ---- the discriminator: StyleGAN-T's (A.8)
+# ---- the discriminator: StyleGAN-T's
 
 def brightness(x, r):  # each r: (B, 1, 1, 1), uniform in [0, 1)
     return x + (r - 0.5)
@@ -995,7 +995,7 @@ def feature_matching(real, fake):
     return sum((f.float() - r.detach().float()).abs().mean() for r, f in pairs) / len(real)
 
 
-# ---- equivariance regularisation (A.5)
+# ---- equivariance regularisation
 
 class Transform(NamedTuple):
     """scale of both sides, and clockwise quarter turns. prior: the image is shrunk before the
@@ -1027,7 +1027,7 @@ def transformed(x, transform, mode):
     return torch.rot90(x, transform.turns, (-1, -2))
 
 
-# ---- the objective (A.7)
+# ---- the objective
 
 # What trains, learning rate, images seen in the stage, and the weights of the losses (WEIGHTS).
 # VF's is times the adaptive weight; multires holds for the first quarter of the stage; the PatchGAN
@@ -1083,8 +1083,8 @@ def gan_terms(s, weights, w_gan, x, recon):
 
 def objective(s, args, x, noise):
     """As train_tokenizer.aligntok_objective: the images to paint, x^, and the terms beside L_rec =
-    L1 + w_p LPIPS. args.w_gan: 1, or less where L_rec lacks LPIPS. s.stage: of STAGES; s.discriminator: a Discriminators; noise: (B, d, h, w),
-    standard normal."""
+    L1 + w_p LPIPS. args.w_gan: 1, or less where L_rec lacks LPIPS. s.stage: of STAGES;
+    s.discriminator: a Discriminators; noise: (B, d, h, w), standard normal."""
     weights, mode = STAGES[s.stage], s.tokenizer.vfm_encoder.mode
     transform = draw_transform(*noise.shape[-2:]) if weights["equivariance"] else Transform()
     recon, lower, moments, z_proj, tokens = s.ddp_tokenizer(x, noise, *transform)
