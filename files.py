@@ -70,7 +70,8 @@ def print_0(text):
 def warn(text):
     """Says it on stderr, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"WARNING: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def gather(value):

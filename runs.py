@@ -299,7 +299,7 @@ class Run:
         return flag.item() > 0
 
     def checkpoints(self, prefix):
-        return saved(self.out, prefix, "pt")
+        return step_files(self.out, prefix, "pt")
 
     def last_good(self, prefix):
         return self.good.get(prefix, "none")
@@ -398,7 +398,7 @@ class Run:
     def forget(self, prefix):
         """--overwrite: deletes checkpoints and pictures."""
         if self.rank == 0:
-            for path in (self.out / f"{prefix}.pt", *saved(self.out, prefix, "(pt|png)")):
+            for path in (self.out / f"{prefix}.pt", *step_files(self.out, prefix, "(pt|png)")):
                 path.unlink(missing_ok=True)
         barrier()  # nobody resumes from what is being deleted
 
@@ -428,7 +428,7 @@ class Run:
         write_atomically(log, lambda f: f.write("".join([head, *rows]).encode()))
 
 
-def saved(folder, prefix, suffix):
+def step_files(folder, prefix, suffix):
     """The files PREFIX_step00000000.SUFFIX in a folder, in the order of their steps. suffix: a
     regular expression."""
     names = os.listdir(folder) if os.path.isdir(folder) else []

@@ -400,7 +400,7 @@ def parse(argv=None):
 
 
 def last_dit(folder="runs/dit"):
-    found = runs.saved(folder, "dit", "pt")
+    found = runs.step_files(folder, "dit", "pt")
     if not found:
         raise UserError(f"no generator in {folder}: run train_dit.py first, or give --dit CKPT")
     return found[-1]

@@ -836,7 +836,7 @@ def test_signals():
         if len(calls) == 2:
             # a worker would obey its parent's signal
             group = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
-            assert len(group) == 2
+            assert len(group) > 1
             subprocess.run(["kill", f"-{number}", *map(str, group)], check=True)
             time.sleep(0.2)
         return logit_normal(n)

@@ -2754,21 +2754,22 @@ def test_a_collapsed_discriminator_shows_in_the_log():
 
 
 def test_warnings_of_the_gan():
-    """A collapsed discriminator, one that has won for three rows, and an adaptive weight at its
-    limit are named once, with the step; the rows of a healthy run are not."""
-    said, healthy = io.StringIO(), {"d_real": 0.6, "d_fake": 0.5, "d_loss": 1.0, "adaptive": 0.3}
-    s = SimpleNamespace(prefix="stage1", seen={}, step=0)
-    won = {"d_real": 1.0, "d_fake": 1.0, "d_loss": 0.0}
-    with contextlib.redirect_stderr(said):
-        for row in ({}, {"d_real": 0.95, "d_fake": 0.9, "d_loss": 0.1}, won, won, {}, won, won, won,
-                    won, {"d_real": 0.0, "d_fake": 1.0}, {"d_real": 0.0, "d_fake": 0.0},
-                    {"adaptive": 900.0}, {"adaptive": 1e4}, {"adaptive": 1e4}):
+    """A discriminator that has collapsed or won, and an adaptive weight at its limit, are named
+    once, after three such rows of the log; the rows of a healthy run are not."""
+    s = SimpleNamespace(prefix="stage1", rows_with={}, step=0)
+    healthy = {"d_real": 0.6, "d_fake": 0.5, "d_loss": 1.0, "adaptive": 0.3}
+    won, limit = {"d_real": 1.0, "d_fake": 1.0, "d_loss": 0.0}, {"adaptive": 1e4}
+    a, b, zero = ({"d_real": x, "d_fake": y} for x, y in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0)))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        for row in ({}, {"d_real": 0.95, "d_fake": 0.9, "d_loss": 0.1}, won, won, {},
+                    won, won, won, won, a, b, zero, {}, a, a, a, {"adaptive": 900.0},
+                    limit, limit, limit, limit):
             s.step += 1
             tt.warn_of_gan(s, healthy | row)
         tt.warn_of_gan(s, {"rec": 0.5})  # the GAN is off
     for line, words in zip(said.getvalue().splitlines(), (
-            "step 8: the discriminator has won", "step 10: the discriminator has collapsed",
-            "step 13: the adaptive weight"), strict=True):
+            "step 8: the discriminator has won", "step 12: the discriminator has collapsed",
+            "step 20: the adaptive weight"), strict=True):
         assert words in line, line
 
     def constant(self, x):
@@ -2776,8 +2777,8 @@ def test_warnings_of_the_gan():
 
     with (patch.object(losses.PatchGAN, "forward", constant),
           contextlib.redirect_stderr(io.StringIO()) as said):
-        execute(tt, *SMALL, "--stage", 1, "--steps", 2, "--out", TMP / "collapsed")
-    assert said.getvalue().count("collapsed") == 1, said.getvalue()
+        execute(tt, *SMALL, "--stage", 1, "--steps", 4, "--out", TMP / "collapsed")
+    assert said.getvalue().count("step 3: the discriminator has collapsed") == 1, said.getvalue()
 
 
 def test_stages_train_what_they_say():

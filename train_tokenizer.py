@@ -197,20 +197,20 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
 
 
 def warn_of_gan(s, figures):
-    """Says once in a stage what rows of the log show of a GAN from which G learns nothing."""
+    """Says once in a stage what three rows of the log in a row show: a GAN from which G learns
+    nothing. (One row, of few images, may show it in a good run.)"""
     if "d_loss" not in figures:
         return
-    for fault, seen, rows in (
-            ("the discriminator has collapsed: one answer to every image (d_real, d_fake)",
-             min(figures["d_real"], figures["d_fake"]) < 0.01, 1),
-            # one row of a small batch may show it in a good run
-            ("the discriminator has won: it is certain of every image (d_loss)",
-             figures["d_loss"] < 0.01, 3),
-            ("the adaptive weight of L_GAN is at its limit (adaptive)",
-             figures.get("adaptive", 0) > 0.9 * losses.ADAPTIVE_LIMIT, 1)):
-        before = s.seen.get(fault, 0)  # in so many rows without a break
-        s.seen[fault] = before + 1 if seen or before >= rows else 0
-        if s.seen[fault] == rows:
+    for fault, seen in {
+            "the discriminator has collapsed: one answer to every image (d_real, d_fake)":
+                min(figures["d_real"], figures["d_fake"]) < 0.01,
+            "the discriminator has won: it is certain of every image (d_loss)":
+                figures["d_loss"] < 0.01,
+            "the adaptive weight of L_GAN is at its limit (adaptive)":
+                figures.get("adaptive", 0) > 0.9 * losses.ADAPTIVE_LIMIT}.items():
+        rows = s.rows_with.get(fault, 0)
+        s.rows_with[fault] = rows + 1 if seen or rows >= 3 else 0
+        if s.rows_with[fault] == 3:
             warn(f"{s.prefix}, step {s.step}: {fault}; a lower --w-g or --lr may help")
 
 
@@ -318,7 +318,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
     number = args.stages.index(stage) + 1 if args.model == "vfmvae" else stage
     s = SimpleNamespace(
         stage=stage, number=number, prefix=prefix(stage, args), recipe=recipe,
-        may_change=("dtype",), seen={}, step=0,
+        may_change=("dtype",), rows_with={}, step=0,
         steps=args.steps_of[stage], steps_before=start.steps, log_every=args.log_every,
         shown=("rec", "sp", "d_loss"), classes=data.classes, tokenizer=tokenizer,
         discriminator=discriminator,
