@@ -2407,7 +2407,8 @@ def test_dtype():
     """--dtype is autocast's; auto takes bf16 where it is native."""
     x = torch.ones(2, 2)
     for native in (True, False):
-        with patch.object(torch.cpu, "get_capabilities", return_value={"avx512_bf16": native}):
+        with patch.object(torch.cpu, "get_capabilities", create=True,
+                          return_value={"avx512_bf16": native}):
             for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16),
                                 ("auto", torch.bfloat16 if native else torch.float32)):
                 assert runs.autocast_dtype(name, CPU) == dtype
@@ -2543,13 +2544,14 @@ def test_weight_gradients_by_taps():
             found = torch.autograd.grad(conv(x).sin().sum(), inputs)
         for a, b in zip(plain, found):
             assert torch.allclose(a, b), (kernel, stride, padding)
-        assert "TapConvolution" in conv(x).grad_fn.name()
+        assert type(conv(x).grad_fn).__name__ == "TapConvolutionBackward"
         conv.requires_grad_(False)
         assert torch.allclose(torch.autograd.grad(conv(x).sin().sum(), x)[0], plain[0])
     depthwise = torch.nn.Conv2d(64, 64, 3, groups=64)
     with patch("torch.backends.cpu.get_cpu_capability", lambda: "AVX2"):
         runs.fast_weight_gradients(depthwise)
-    assert "TapConvolution" not in depthwise(torch.ones(1, 64, 3, 3)).grad_fn.name()
+    y = depthwise(torch.ones(1, 64, 3, 3))
+    assert type(y.grad_fn).__name__ != "TapConvolutionBackward"
 
 
 # ------------------------------------------------------------------------------- train_tokenizer.py
