@@ -355,7 +355,7 @@ def test_dinov2_against_numpy():
     """A forward of a one-block register model on an oblong image, in plain numpy with a loop over
     the heads."""
     net = random_weights(DINOv2(dim=128, depth=1, registers=4, grid=3), scale=0.1).double()
-    torch.nn.init.ones_(net.mask_token)  # a plain forward does not read it
+    torch.nn.init.normal_(net.mask_token)  # a plain forward does not read it
     w = {k: v.numpy() for k, v in net.state_dict().items()}
     x = torch.randn(1, 3, 28, 42, dtype=torch.float64)
 
