@@ -401,7 +401,7 @@ def test_dinov2_against_numpy():
     """A forward of a one-block register model on an oblong image, in plain numpy with a loop over
     the heads."""
     net = random_weights(DINOv2(dim=128, depth=1, registers=4, grid=3), scale=0.1).double()
-    torch.nn.init.ones_(net.mask_token)  # a plain forward does not read it
+    torch.nn.init.normal_(net.mask_token)  # a plain forward does not read it
     w = {k: v.numpy() for k, v in net.state_dict().items()}
     x = torch.randn(1, 3, 28, 42, dtype=torch.float64)
 
@@ -578,6 +578,7 @@ def test_tokenizer():
     seen, x = [], x[:1, :, :32, :48]
     tok.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     tok.encode(x)
+    assert torch.equal(tok.features(x), tok.encoder(seen[0])[1])  # patch tokens alone
     statistics = zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's, of [0, 1]
     for k, (mean, std) in enumerate(statistics):
         by_hand = pil_bicubic(((x[0, k] + 1) / 2).numpy(), 28, 42)  # 14/16 of the size
@@ -882,7 +883,9 @@ def test_flow_matching():
         assert torch.allclose(a, b, rtol=1e-5)
 
     dit = small_dit(d=6, num_classes=4, grid=(2, 2))  # v = 0: the cosine has no direction
-    losses.flow_matching(dit, z0, z1, t, y, w_cos=1.0)[0].backward()
+    loss, *logged = losses.flow_matching(dit, z0, z1, t, y, w_cos=1.0)
+    loss.backward()
+    assert not any(value.requires_grad for value in logged)
     trained = [p for p in dit.parameters() if p.requires_grad]
     assert 0 < torch.nn.utils.clip_grad_norm_(trained, 1.0) < 1e3
     expected = torch.tensor([0.5, 1 / (1 + math.exp(-2))])
@@ -929,7 +932,7 @@ def test_lpips():
 def test_patchgan():
     """The discriminator from its published description: LeakyReLU .2, and BatchNorm over the batch
     behind the middle three of five 4 x 4 convolutions."""
-    net, x = random_weights(losses.PatchGAN(16)).train(), torch.randn(2, 3, 64, 64)
+    net, x = random_weights(losses.PatchGAN(16)).train(), 0.01 * torch.randn(2, 3, 64, 64)
     S, y = dict(net.named_parameters()), x
     for i, stride in ((0, 2), (2, 2), (5, 2), (8, 1), (11, 1)):
         y = F.conv2d(y, S[f"main.{i}.weight"], S.get(f"main.{i}.bias"), stride, padding=1)
