@@ -1433,6 +1433,7 @@ def setup_function(_):
 
 def main():
     words, failed, began = sys.argv[1:], 0, time.time()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored, and tests send it
     tests = {name: test for name, test in globals().items() if name.startswith(("test_", "slow_"))
              and (not words or any(word in name for word in words))}
     for name, test in tests.items():
