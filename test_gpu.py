@@ -168,7 +168,8 @@ def stage_on(device, stage, dtype, width="tiny"):
 def generator_on(device, dtype):
     """(s, args, batch) of train_dit.py."""
     model = LightningDiT(**DITS["tiny"], grid=(4, 4), num_classes=12).to(device)
-    s = SimpleNamespace(model=model, ddp_model=model, encode=False, meter=runs.Meter(device),
+    s = SimpleNamespace(model=model, ddp_model=model, encode=False, shift=1.0,
+                        meter=runs.Meter(device),
                         ema=copy.deepcopy(model).requires_grad_(False),
                         trained=[p for p in model.parameters() if p.requires_grad],
                         autocast=functools.partial(runs.autocast, device, dtype))
