@@ -631,7 +631,8 @@ def launch(main):
         sys.exit(f"error: another rank has stopped, or the network between them: {first_line(e)}")
     except RuntimeError as e:
         if re.search(r"C(\+\+)? compiler|Compiler: .* not found", str(e)):
-            sys.exit("error: --compile takes a C++ compiler, such as g++ (CXX=... names another)")
+            sys.exit("error: --compile (on GPUs the default) takes a C++ compiler, such as g++; "
+                     "--no-compile does without")
         if str(e).startswith("DataLoader worker"):  # torch raises it anywhere in main
             sys.exit("error: a process that loads images has died (short of memory? fewer "
                      f"--workers?): {e}")

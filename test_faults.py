@@ -1452,6 +1452,7 @@ def main():
         for pid in alive():
             os.kill(pid, signal.SIGKILL)
     print(f"{time.time() - began:.0f} s\n{len(tests) - failed} passed, {failed} failed")
+    runs.end_workers()  # see test_smoke.py
     sys.exit(failed > 0)
 
 

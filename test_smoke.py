@@ -2496,7 +2496,7 @@ def test_launch():
     """A user's mistake is one line and status 1; a mistake of ours is a traceback."""
     no_compiler = "backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found"
     for error, says in ((UserError("a\nb"), SystemExit("error: a b")),
-                        (RuntimeError(no_compiler), SystemExit("error: --compile takes")),
+                        (RuntimeError(no_compiler), SystemExit("error: --compile")),
                         (KeyboardInterrupt(), SystemExit("error: interrupted")),
                         (RuntimeError("ours"), RuntimeError("ours"))):
         with refused(str(says), kind=type(says)), patch.object(sample, "main", side_effect=error):
@@ -4559,6 +4559,7 @@ def main():
             print(f"FAIL  {name}\n{said.getvalue()[-2000:]}\n{traceback.format_exc()}", flush=True)
     print(f"{time.time() - began:.0f} s")
     print(f"{len(tests) - failed} passed, {failed} failed")
+    runs.end_workers()  # an error that is kept keeps its loader, and the exit would wait for it
     sys.exit(failed > 0)
 
 
