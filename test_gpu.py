@@ -39,14 +39,14 @@ FP32, BF16 = torch.float32, torch.bfloat16
 # ---- the same numbers as on a CPU
 
 class Call(nn.Module):
-    """A function as a network."""
+    """A function as a network; `network`, if it has one."""
 
-    def __init__(self, function):
+    def __init__(self, function, network=None):
         super().__init__()
-        self.function = function
+        self.function, self.network = function, network
 
     def forward(self, *inputs):
-        return self.function(*inputs)
+        return self.function(*([self.network] if self.network else []), *inputs)
 
 
 def networks():
@@ -62,15 +62,15 @@ def networks():
     return {
         "dinov2": (DINOv2(**small), image(224)),
         "dinov2 registers": (DINOv2(**small, registers=4), image(224)),
-        "features": (Call(DINOv2(**small).features), image(256)),
+        "features": (Call(DINOv2.features, DINOv2(**small)), image(256)),
         "decoder": (Decoder(**DECODERS["vavae"]), torch.randn(1, 32, 8, 8)),
         "encoder": (baselines.Encoder(**DECODERS["vavae"]), image(128, 1)),
         "patchgan": (losses.PatchGAN(), image(128)),
         "lpips": (losses.LPIPS(), image(128), image(128)),
         "lightningdit": (LightningDiT(**dit), *flow),
         "lightningdit qk-norm": (LightningDiT(**dit, qk_norm=True), *flow),
-        "inception tf1": (Call(fid.Inception()), whole),
-        "inception torch": (Call(functools.partial(fid.Inception(), resize="torch")), whole),
+        "inception tf1": (fid.Inception(), whole),
+        "inception torch": (Call(lambda net, x: net(x, "torch"), fid.Inception()), whole),
         "l1": (Call(lambda a, b: losses.reconstruction_loss(a, b, None, 0)[0]), image(64), image(64)),
         "l_sp": (Call(losses.semantic_preservation), z, y),
         "l_sp cosine": (Call(lambda a, b: losses.semantic_preservation(a, b, "cosine")), z, y),
@@ -83,15 +83,12 @@ def networks():
     }
 
 
-def outcome(network, inputs, device, dtype):
+def outcome(network, inputs, device, dtype, of_inputs=True):
     """Output and gradients, on the CPU in fp64, of the same weights and inputs on a device."""
     network = copy.deepcopy(network).to(device)
-    if isinstance(network, Call):  # what a function is bound to goes along
-        for cell in (getattr(network.function, "__self__", None), network.function,
-                     getattr(network.function, "func", None)):
-            if isinstance(cell, nn.Module):
-                cell.to(device)
-    inputs = [x.to(device).requires_grad_(x.is_floating_point()) for x in inputs]
+    inputs = [x.to(device, copy=True) for x in inputs]
+    for x in inputs:
+        x.requires_grad_(of_inputs and x.is_floating_point())
     with runs.autocast(device, dtype):
         out = network(*inputs)
     while not torch.is_tensor(out):
@@ -108,13 +105,16 @@ def compare(device):
     for name, (network, *inputs) in networks().items():
         torch.manual_seed(0)
         random_weights(network, scale=0.02)
-        wanted, gradients = outcome(network, inputs, torch.device("cpu"), FP32)
+        of_inputs = not name.startswith(("dinov2", "features"))  # an encoder's image needs none
+        wanted, gradients = outcome(network, inputs, torch.device("cpu"), FP32, of_inputs)
         largest = max(g.norm() for g in gradients.values())
         noisy = name in ("patchgan", "lpips")
         modes = fp32 | {"bf16": (BF16, False, *([0.1, 0.1] if noisy else [2e-2, 5e-2]))}
+        if name.startswith("inception"):
+            modes = fp32  # figures are never in bf16
         for mode, (dtype, tf32, bound, gradient_bound) in modes.items():
             torch.backends.cudnn.allow_tf32 = tf32
-            found, own = outcome(network, inputs, device, dtype)
+            found, own = outcome(network, inputs, device, dtype, of_inputs)
             torch.backends.cudnn.allow_tf32 = False
             yield f"{name}, {mode}", ((found - wanted).norm() / wanted.norm()).item(), bound
             # a gradient that is zero but for rounding has no relative error
@@ -134,7 +134,7 @@ def sampler(device):
         tokenizer.to(where)
         x, _ = sample.generate(dit, tokenizer, list(range(8)), torch.arange(12).numpy(), 0,
                                sample.time_grid(8), "heun", cfg=2.0)
-        return to_uint8(x).cpu().int()
+        return torch.from_numpy(to_uint8(x)).int()
 
     off = (images(torch.device("cpu")) - images(device)).abs()
     yield "sampler, % of bytes", 100 * (off > 0).float().mean().item(), 0.1
