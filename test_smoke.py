@@ -2407,7 +2407,12 @@ def test_meter():
 
 
 def test_dtype():
-    """--dtype is autocast's; auto takes bf16 where it is native."""
+    """--dtype is autocast's; auto takes bf16 where it is native. On GPUs fp32 has no TF32."""
+    tf32 = torch.backends.cuda.matmul, torch.backends.cudnn
+    for backend in tf32:
+        backend.allow_tf32 = True
+    runs.setup_ranks()
+    assert not any(backend.allow_tf32 for backend in tf32)
     x = torch.ones(2, 2)
     for native in (True, False):
         with patch.object(torch.cpu, "get_capabilities", create=True,
@@ -2497,6 +2502,10 @@ def test_launch():
     no_compiler = "backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found"
     for error, says in ((UserError("a\nb"), SystemExit("error: a b")),
                         (RuntimeError(no_compiler), SystemExit("error: --compile")),
+                        (torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+                         SystemExit("error: out of GPU memory (--accum")),
+                        (torch.distributed.DistBackendError("NCCL\nerror"),
+                         SystemExit("error: another rank has stopped, or the network")),
                         (KeyboardInterrupt(), SystemExit("error: interrupted")),
                         (RuntimeError("ours"), RuntimeError("ours"))):
         with refused(str(says), kind=type(says)), patch.object(sample, "main", side_effect=error):
@@ -3717,6 +3726,15 @@ def test_images_do_not_depend_on_the_batch():
     scale = first.abs().max()
     assert all((p - first).abs().max() < 1e-4 * scale for p in others)
     assert (first[0] - first[1]).abs().max() > 1e-2 * scale  # and it does depend on i
+
+    # large ones are decoded a few at once: 2**31 numbers are too many for a GPU's up-sampling
+    still = Mock(side_effect=lambda z, t, y: 0 * z, num_classes=0, arguments={"grid": (128, 128)})
+    large = SimpleNamespace(latent_mean=torch.zeros(1), d=1, unnormalize=lambda z: z,
+                            decode=Mock(side_effect=lambda z: z))
+    images, _ = sample.generate(still, large, np.arange(5), None, 0, [1.0, 0.0])
+    assert [len(call.args[0]) for call in large.decode.call_args_list] == [2, 2, 1]
+    noise = data.rng(0, "noise", 4).standard_normal((1, 128, 128), np.float32)
+    assert torch.equal(images[4], torch.from_numpy(noise))
 
 
 def test_official_dit():
