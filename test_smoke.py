@@ -611,10 +611,12 @@ def test_dit_output_is_zero_at_init():
 
 def test_positions_against_loops():
     """Sin-cos: column first, [sin, cos] of D/4 frequencies. RoPE: row first, neighbours turn as
-    pairs."""
+    pairs, by complex products and, compiled, by real ones."""
     h, w, D = 3, 5, 16
     sincos, x = model.sincos_embedding(h, w, D)[0], torch.randn(h * w, D)
     y = model.rotate(x, *model.rope_tables(h, w, D))
+    with patch("torch.compiler.is_compiling", lambda: True):
+        assert torch.allclose(model.rotate(x, *model.rope_tables(h, w, D)), y, atol=1e-6)
     for n, (row, column) in enumerate(np.ndindex(h, w)):
         for k in range(D // 4):
             for first, place in ((0, column), (D // 2, row)):
