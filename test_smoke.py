@@ -3367,7 +3367,9 @@ def test_train_from_captions():
                 execute(sample, *flags)
         for words, flags in {("--model XL/1", "2B"): ["--captions", "--model", "XL/1"],
                              ("--model 2B", "XL/1"): ["--model", "2B"],
-                             ("--unconditional",): ["--captions", "--unconditional"]}.items():
+                             ("--unconditional",): ["--captions", "--unconditional"],
+                             ("--val exclude",): ["--captions", "--val", "x"],
+                             ("--qk-norm exclude",): ["--captions", "--qk-norm"]}.items():
             with refused(*words):
                 train_dit.parse(flags)
 

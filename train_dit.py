@@ -378,8 +378,9 @@ def parse(argv=None):
     if args.model not in sizes:
         raise UserError(f"--model {args.model} is a size {'without' if args.captions else 'of'} "
                         f"--captions; here: {', '.join(sizes)}")
-    if args.captions and args.unconditional:
-        raise UserError("--captions and --unconditional exclude each other")
+    for flag in ("unconditional", "val", "qk_norm"):  # no class, nothing held out, always on
+        if args.captions and getattr(args, flag):
+            raise UserError(f"--captions and --{flag.replace('_', '-')} exclude each other")
     return args
 
 
