@@ -590,7 +590,7 @@ class ImageSet:
             self.data = Shapes(split, 8192 if split == "train" else 512, size or 64)
         elif Path(path).is_dir():
             self.data = ImageFolder(path, classes)
-        elif zipfile.is_zipfile(path):
+        elif self._is_zip():
             self._open_npz()
         else:
             raise UserError(f"{path}: {self._named()}")
@@ -600,6 +600,12 @@ class ImageSet:
                 self.side = self.data.image(0).size  # (W, H)
         if self.n == 1:
             raise UserError(f"{path} holds one image; a covariance takes at least two")
+
+    def _is_zip(self):
+        if not Path(self.path).is_file():
+            return False
+        with reading(self.path, "file"), open(self.path, "rb") as f:  # by its path, it hides errors
+            return zipfile.is_zipfile(f)
 
     def _named(self):
         """What is neither a folder nor an npz."""

@@ -419,12 +419,14 @@ class Run:
         position, log, header = (*stage, logged), self.out / "log.csv", ",".join(self.columns)
         if self.rank > 0:
             return
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        head, *rows = lines or [f"{header}\n"]
-        if head.strip() != header:
-            raise UserError(f"{log} has other columns; move it away or choose another --out")
-        rows = [row for row in rows if row.endswith("\n")  # else a kill has cut it
-                and tuple(map(int, row.split(",")[:len(position)])) <= position]
+        head, rows = f"{header}\n", []
+        if log.exists():
+            with reading(log, "log"):
+                head, *rows = log.read_text().splitlines(keepends=True) or [head]
+                if head.strip() != header:
+                    raise UserError(f"{log} has other columns; move it away or choose another --out")
+                rows = [row for row in rows if row.endswith("\n")  # else a kill has cut it
+                        and tuple(map(int, row.split(",")[:len(position)])) <= position]
         write_atomically(log, lambda f: f.write("".join([head, *rows]).encode()))
 
 

@@ -752,17 +752,24 @@ def test_the_system_fails():
         images = data.ImageFolder(d / "data")
         image = Path(images.path(0)).name
         save_tokenizer(small_tokenizer(), d / "a.pt")
+        np.savez(d / "a.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
         args = SimpleNamespace(out=d, size=16, workers=0, check_data=False, skip_unreadable=True,
                                overwrite=False)
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE,
                        errno.ETIMEDOUT, errno.EACCES):
             for name, read in ((image, lambda: load_both_ways(images.path(0))),
                                (image, lambda: data.check_images([images], args)),
+                               ("a.npz", lambda: fid.ImageSet(d / "a.npz")),
                                ("a.pt", lambda: load_tokenizer(d / "a.pt")),
                                ("a.pt", lambda: files.sha256(d / "a.pt"))):
                 with failing(number, name), refused(
                         "cannot read", name, os.strerror(number), kind=files.SystemFailure):
                     read()
+        (d / "log.csv").write_text("step\n1\n")
+        stale = patch.object(Path, "read_text", side_effect=OSError(errno.ESTALE, "Stale handle"))
+        with stale, runs.Run(d, 0, ["step"]) as run, refused(
+                "cannot read log", "Stale", kind=files.SystemFailure):
+            run.rewind_log(1, 2, 1)
         os.symlink("/proc/self/mem", d / "eio.png")  # whose first byte is nowhere
         with refused("cannot read image", "eio.png: Input/output", kind=files.SystemFailure):
             load_both_ways(d / "eio.png")
