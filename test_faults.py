@@ -1261,7 +1261,7 @@ def test_forkserver():
         dit = ["--preset", "tiny", "--steps", "1", "--batch-size", "8", "--size", "32", "--dtype",
                "fp32", "--tokenizer", save_tokenizer(small_tokenizer(), d / "t.pt"),
                "--data", write_shapes(d / "data"), "--val", write_shapes(d / "val", 2)]
-        execute(train_dit, *dit, "--out", d / "none")
+        complete("train_dit.py", *dit, "--out", d / "none")
         complete(script, "forkserver", "train_dit.py", *dit, "--workers", 1, "--out", d / "one")
         assert_alike(d / "none", d / "one")
 
