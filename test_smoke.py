@@ -2006,10 +2006,10 @@ def test_caption_folder():
         for i, path in enumerate(sorted(d.rglob("*.png"))):
             path.with_suffix(".txt").write_text(f" number {i}\n")
         pairs = captions.open_captions(d, d / "index", 0)
-        assert pairs.captions == [f"number {i}" for i in range(4)] and len(pairs) == 4
+        assert [*pairs.captions] == [f"number {i}" for i in range(4)] and len(pairs) == 4
         assert np.array_equal(pairs.image(2), Image.open(d / "class1" / "001.png"))
         part = pairs.subset([3, 2])
-        assert part.captions == ["number 3", "number 2"] and part.labels is None
+        assert [*part.captions] == ["number 3", "number 2"] and part.labels is None
         assert np.array_equal(part.image(1), pairs.image(2)) and part.identity != pairs.identity
         text = d / "class0" / "000.txt"
         for words, change in {
@@ -2047,18 +2047,18 @@ def test_caption_shards():
             shards = captions.open_captions(d, d / "index", 1)
         text = printed.call_args[0][0]
         assert "5 broken samples" in text and all(f"00001.tar:{k}" in text for k in broken), text
-        assert shards.captions == [f"picture {i}" for i in range(6)] and len(shards) == 6
+        assert [*shards.captions] == [f"picture {i}" for i in range(6)] and len(shards) == 6
         for i in range(6):
             assert np.array_equal(shards.image(i), Image.open(io.BytesIO(jpeg(i))))
         with patch.object(captions, "read_shard", side_effect=AssertionError):
             again = captions.CaptionShards(d, d / "index")
-        assert again.samples == shards.samples and again.identity == shards.identity
+        assert np.array_equal(again.places, shards.places) and again.identity == shards.identity
         write_shard(d / "00001.tar", {"00009": whole["00000"]})
         full = OSError(errno.EMFILE, "Too many open files")
         with patch("builtins.open", side_effect=full), refused("Too many open files"):
             shards.image(0)
         part = shards.subset([4, 1])
-        assert part.captions == ["picture 4", "picture 1"] and part.identity != shards.identity
+        assert [*part.captions] == ["picture 4", "picture 1"] and part.identity != shards.identity
         assert part.name(1) == b"00000.tar:00001.jpg"
         changed = captions.CaptionShards(d, d / "index")
         assert len(changed) == 5 and changed.identity != shards.identity
@@ -2066,6 +2066,21 @@ def test_caption_shards():
         (d / "00001.tar").write_bytes(tar[:1500])
         with refused("1 of 2 shards", "00001.tar", "cut off"):
             captions.CaptionShards(d, d / "index")
+
+
+def test_strings():
+    """Any text comes back; 100,000 captions take their bytes and a quarter of it for growth, and no
+    object each."""
+    texts = ["", "a star", "\u00e9t\u00e9 \u2603", os.fsdecode(b"\xff.jpg")]
+    kept = captions.Strings(texts)
+    assert [*kept] == texts and len(kept) == 4 and kept[2] == texts[2]
+    prints = [captions.digest(t) for t in (kept, texts, texts[:2], ["", "a sta", "r"])]
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+    tracemalloc.start()
+    kept = captions.Strings(f"a red star, number {i:06d}" for i in range(100_000))
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 1.25 * 100_000 * (26 + 8), taken
 
 
 def test_words():
@@ -3386,6 +3401,9 @@ def test_train_from_captions():
                              ("--t5 None",): [*ours, "--clip-text", d]}.items():
             with refused(*words), patch.dict(sys.modules, transformers=FakeTransformers):
                 execute(sample, *flags)
+        with refused("trained with another text encoder (words)"), patch.object(
+                captions.Words, "identity", "another"):
+            execute(sample, *ours)
         for words, flags in {("--model XL/1", "2B"): ["--captions", "--model", "XL/1"],
                              ("--model 2B", "XL/1"): ["--model", "2B"],
                              ("--unconditional",): ["--captions", "--unconditional"],
