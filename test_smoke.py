@@ -31,6 +31,7 @@ import traceback
 import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +62,7 @@ from baselines import VAE, FluxVAE
 from files import BatchedArray, UserError, load_encoder, load_file, load_tokenizer, save_checkpoint
 from mmdit import MMDITS, MMDiT
 from model import DECODERS, DITS, ENCODERS, DINOv2, LightningDiT, Tokenizer
-from results import judge
+from results import judge, t2i
 from toy import Shapes
 
 HERE = Path(__file__).resolve().parent
@@ -4559,7 +4560,7 @@ def test_cknna_command():
                 execute(fid, *argv, "--reference", encoder, "--workers", 0)
 
 
-# --------------------------------------------------------------------------------- results/judge.py
+# ------------------------------------------------------------------- results/judge.py, results/t2i.py
 
 def test_judge():
     """EfficientNet-Lite0: its size, TensorFlow's padding, and fid.py's command with it."""
@@ -4588,6 +4589,39 @@ def test_judge():
         assert by_hand > 1e-3 and math.isclose(found["FD-Lite0"], by_hand, rel_tol=1e-6)
         with refused("--lite0 FILE"):
             execute(judge, *refs)
+
+
+def test_t2i_data_and_score():
+    """Names of captions by hand; a sixth of each shape's and each pair's combinations is left out
+    of the shard, and asked for; the judge's answers are counted by hand."""
+    for caption, names in {"a red ring on blue": ("ring", "red", "blue"),
+                           "a dark blue ell on a dark grey ground": ("ell", "dark blue", None),
+                           "a white star on a dark green ground": ("star", "white", "dark green"),
+                           "a grey cross on dark red": ("cross", "grey", "dark red")}.items():
+        if None in names:
+            error_of(t2i.parse, caption, kind=ValueError)
+        else:
+            found = zip(t2i.NAMES.values(), t2i.parse(caption))
+            assert tuple(kind[i] for kind, i in found) == names
+    for colour, ground in itertools.product(t2i.COLOURS, t2i.COLOURS):
+        assert sum(t2i.left_out(f"a {colour} {s} on {ground}") for s in toy.SHAPES) == 2
+    with folder() as d, patch.object(t2i, "Shapes", partial(Shapes, n=48)), patch("builtins.print"):
+        t2i.write_data(d)
+        written, asked = Shapes(n=48).captions, (d / "prompts.txt").read_text().splitlines()
+        shards = captions.open_captions(d, d / "index", 0)
+        assert sorted([*shards.captions, *asked]) == sorted(written) and 2 < len(asked) < 20
+        assert all(map(t2i.left_out, asked)) and not any(map(t2i.left_out, shards.captions))
+        first = next(i for i in range(48) if not t2i.left_out(written[i]))
+        assert np.array_equal(shards.image(0), Shapes(n=48).image(first))
+
+        torch.save(t2i.network().state_dict(), d / "judge.pt")
+        np.savez(d / "s.npz", arr_0=np.zeros((4, 64, 64, 3), np.uint8))
+        answers = torch.zeros(4, 42)  # "ring", "red" on "black", each time
+        answers[:, [1, 12 + 3, 12 + 15]] = 1
+        (d / "p.txt").write_text("a red ring on black\na red star on black\n")
+        with patch.object(torch.nn.Sequential, "forward", lambda *_: answers):
+            assert t2i.score(d / "judge.pt", d / "s.npz", d / "p.txt") == {
+                "images": 4, "shape": 0.5, "colour": 1, "ground": 1, "all": 0.5}
 
 
 # -------------------------------------------------------------------------------------- to run them
