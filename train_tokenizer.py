@@ -31,6 +31,7 @@ import torch
 import baselines
 import losses
 import runs
+import story
 import toy
 import vfm_vae
 from data import (
@@ -80,6 +81,7 @@ STAGES = {
 }
 STAGES |= {name: {"name": "VFM-VAE", "reference": False, "ema": True} | row
            for name, row in vfm_vae.STAGES.items()}
+COSTS = {2: 1.4, 3: 1.2}  # a step's time beside stage 1's, about: for the bar that foretells the end
 LATENTS_STAY = (3, "ssim", "patchgan")  # only the decoder trains
 
 
@@ -183,7 +185,7 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
         warn_of_gan(s, figures)
         return {"stage": s.number, "step": s.step} | figures
 
-    draw = partial(reconstruction_grid, s.ema or s.tokenizer, held_out, args, device)
+    draw = partial(show, s, args, data, held_out, device)
     for _ in run.steps(s, args, row, draw):
         gan = args.w_g > 0 and s.steps_before + s.step >= args.disc_start
         for micro in range(args.accum):
@@ -225,8 +227,7 @@ def finish_stage(s, args, data, held_out, device, path):
     if s.stage not in LATENTS_STAY:  # else they keep the statistics of the stage before
         result.latent_mean.copy_(train.latent_mean)
         result.latent_std.copy_(train.latent_std)
-    labelled = data.labels is not None and held_out.labels is not None
-    probe_on = train if labelled else None
+    probe_on = train if labelled(data, held_out) else None
     figures = validate(result, probe_on, held_out, args, device, s.lpips)
     n = min(args.val_images, len(held_out))
     print(f"{path.stem} on {n} held-out images: " + ", ".join(
@@ -238,6 +239,10 @@ def finish_stage(s, args, data, held_out, device, path):
         "discriminator": s.discriminator.state_dict(), "opt_d": s.opt_d.state_dict(),
         "validation": figures})
     print(f"saved {path}")
+
+
+def labelled(*sets):
+    return all(images.labels is not None for images in sets)
 
 
 @torch.no_grad()
@@ -264,10 +269,21 @@ def validate(tokenizer, train, held_out, args, device, lpips):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # its dtype and batch would be compiled for little
-def reconstruction_grid(tokenizer, held_out, args, device, path):
+def show(s, args, data, held_out, device, path):
+    """On the way: a grid at `path`; beside it story.png, with figures of a quarter of the held-out
+    images and a probe of an eighth of the training images."""
+    tokenizer = s.ema or s.tokenizer
     order = in_order(min(8, len(held_out)), 8)
     x, _ = next(batches(Crops(held_out, args.size), order, 0, device))
     save_grid([x, tokenizer.decode(tokenizer.encode(x))], path)
+
+    few = copy.copy(args)
+    few.val_images, n = -(-min(args.val_images, len(held_out)) // 4), -(-args.encode_images // 8)
+    train = None
+    if labelled(data, held_out):
+        train = encode_images(tokenizer, data, args.size, n, args.workers, device)
+    figures = validate(tokenizer, train, held_out, few, device, s.lpips)
+    story.tell(path, s.prefix, s.steps_before + s.step, figures)
 
 
 # ---- setting up a stage
@@ -681,7 +697,9 @@ def main(argv=None):
     with runs.Run(args.out, args.rank, columns) as run:
         if args.check_data or args.skip_unreadable:
             data, held_out = check_images([data, held_out], args, args.rank, args.world)
-        for stage in args.now:
+        for i, stage in enumerate(args.now):
+            later = sum(args.steps_of[k] * COSTS.get(k, 1) for k in args.now[i + 1:])
+            run.later = later / COSTS.get(stage, 1)
             train_stage(stage, of_stage(args, stage), run, data, held_out, lpips, device)
     print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
 
