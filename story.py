@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from files import reading, write_atomically
 from runs import step_files
 
-COLUMNS = ["stage", "steps", "rec", "psnr", "ssim", "probe", "probe_tokens"]
+COLUMNS = ["stage", "steps", "images", "rec", "psnr", "ssim", "probe", "probe_tokens"]
 CURVES = {"psnr": ("PSNR, dB", "#0072b2"), "probe": ("linear probe of the latents, %", "#d55e00")}
 # px, where an image has 128; larger ones scale all of it
 SIDE, GUTTER, GAP, MARGIN, HEIGHT = 128, 108, 4, 28, 290
@@ -40,13 +40,14 @@ def tell(grid, stage, steps, figures):
                   for name in CURVES}
         ends = {row["stage"]: int(row["steps"]) for row in rows}  # stage -> its last step so far
     grids = {name: (step_files(grid.parent, name, "png") or [None])[-1] for name in ends}
-    picture = draw(grids | {stage: grid}, curves, ends)
+    of = f"steps of all stages; on {figures['images']:,} held-out images"
+    picture = draw(grids | {stage: grid}, curves, ends, of)
     write_atomically(grid.with_name("story.png"), lambda f: picture.save(f, "PNG", compress_level=1))
 
 
-def draw(grids, curves, ends):
+def draw(grids, curves, ends, of):
     """grids: stage -> its last grid, or None; curves: name -> [(step, figure)], of CURVES; ends:
-    stage -> its last step."""
+    stage -> its last step; of: below the curves."""
     strips = {}
     for stage, path in grids.items():
         if path:
@@ -70,7 +71,7 @@ def draw(grids, curves, ends):
         text(picture, k, (GUTTER / 2, y + SIDE / 2), "\n".join(lines), "mm")
     curves = {name: curve for name, curve in curves.items() if curve}
     for i, (name, curve) in enumerate(curves.items()):
-        part = chart(*CURVES[name], curve, ends, 2 * k).reduce(2)  # smooth lines
+        part = chart(*CURVES[name], curve, ends, of, 2 * k).reduce(2)  # smooth lines
         picture.paste(part, (k * (i * (WIDTH + GAP) // 2), k * top))
     return picture
 
@@ -80,7 +81,7 @@ def spoken(stage):
     return stage.replace("stage", "stage ")
 
 
-def chart(title, colour, curve, ends, k):
+def chart(title, colour, curve, ends, of, k):
     """A curve with its axes; the stages are bands. curve: [(x, y)]; ends: name -> its last x."""
     picture = Image.new("RGB", (k * (WIDTH + GAP) // 2, k * HEIGHT), "white")
     pen = ImageDraw.Draw(picture)
@@ -109,7 +110,7 @@ def chart(title, colour, curve, ends, k):
     for x in ticks(0, end, 6):
         text(picture, k, (place(x, 0)[0], down + 5), f"{x:,.0f}", "ma")
     text(picture, k, ((left + right) / 2, up - 42), title, "mm", colour, 18)
-    text(picture, k, ((left + right) / 2, down + 34), "steps", "mm")
+    text(picture, k, ((left + right) / 2, down + 34), of, "mm")
     points = [tuple(k * p for p in place(x, y)) for x, y in curve]
     pen.line(points, fill=colour, width=2 * k, joint="curve")
     for x, y in points:

@@ -2855,7 +2855,7 @@ def test_stages_train_what_they_say():
 
 def test_story():
     """Rows: originals, then each stage's last grid. Curves: held-out figures of the result on a
-    quarter of the images, with a probe of an eighth of the training images. held_out.csv holds
+    quarter of the images, with a probe of a sixteenth of the training ones. held_out.csv holds
     them; measured again, a step's figures replace its row and the later ones."""
     out = small_run()
     picture, k = Image.open(out / "story.png"), story.SIDE
@@ -2875,8 +2875,8 @@ def test_story():
                                     for item in data.at_random(6, 6, 24)[0]]))
     psnr = 10 * torch.log10(4 / (x - tok.decode(tok.encode(x)).clamp(-1, 1)).square().mean((1, 2, 3)))
     close(float(rows[2]["psnr"]), psnr.mean().item(), 1e-4)
-    train, val = (fid.encode_images(tok, Shapes(split, n=n, size=32), 32, 6, 0, CPU)
-                  for split, n in (("train", 8192), ("val", 24)))
+    train, val = (fid.encode_images(tok, Shapes(split, n=n, size=32), 32, few, 0, CPU)
+                  for split, n, few in (("train", 8192, 3), ("val", 24, 6)))
     probe = fid.linear_probe(train.latents, train.labels, val.latents, val.labels)
     close(float(rows[2]["probe"]), probe, 1e-4)
 
@@ -2887,7 +2887,7 @@ def test_story():
             Image.new("RGB", (512, 512), "red").save(path)
             with recorded(story, "chart") as charts, patch.object(
                     ImageDraw.ImageDraw, "ellipse", autospec=True) as points:
-                story.tell(path, stage, steps, dict(zip(("psnr", "probe"), figures)))
+                story.tell(path, stage, steps, dict(zip(("psnr", "probe"), figures), images=5))
             if steps == 40:
                 assert [call[0][2] for call in charts] == [
                     [(10, 9), (30, 20), (40, 29)], [(10, 50), (30, 60), (40, 70)]]
@@ -2898,9 +2898,9 @@ def test_story():
         assert Image.open(d / "story.png").size == (2 * (story.WIDTH + story.GAP), 2 * (
             3 * (k + story.GAP) + story.GAP + story.HEIGHT))
         assert (d / "held_out.csv").read_text().splitlines()[1:] == [
-            "stage1,10,,9,,50,", "vae,20,,19,,nan,"]
+            "stage1,10,5,,9,,50,", "vae,20,5,,19,,nan,"]
         with recorded(story, "chart") as charts:  # one point, no labels
-            story.tell(d / "vae_step00000020.png", "vae", 5, {"psnr": 7.0})
+            story.tell(d / "vae_step00000020.png", "vae", 5, {"psnr": 7.0, "images": 9})
         assert [call[0][2] for call in charts] == [[(5, 7.0)]]
 
 

@@ -20,6 +20,7 @@ Choices where the paper is silent: README, "Choices".
 Legend: B batch, H W image sides, N tokens, D width, d latent channels, h w latent sides.
 """
 import copy
+import math
 import operator
 import time
 from functools import partial
@@ -270,19 +271,20 @@ def validate(tokenizer, train, held_out, args, device, lpips):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # its dtype and batch would be compiled for little
 def show(s, args, data, held_out, device, path):
-    """On the way: a grid at `path`; beside it story.png, with figures of a quarter of the held-out
-    images and a probe of an eighth of the training images."""
+    """On the way: a grid at `path`; beside it story.png, with figures that cost little: of a
+    quarter of the held-out images, with a probe of a sixteenth of the training images."""
     tokenizer = s.ema or s.tokenizer
     order = in_order(min(8, len(held_out)), 8)
     x, _ = next(batches(Crops(held_out, args.size), order, 0, device))
     save_grid([x, tokenizer.decode(tokenizer.encode(x))], path)
 
     few = copy.copy(args)
-    few.val_images, n = -(-min(args.val_images, len(held_out)) // 4), -(-args.encode_images // 8)
-    train = None
+    few.val_images = math.ceil(min(args.val_images, len(held_out)) / 4)
+    train, n = None, math.ceil(args.encode_images / 16)
     if labelled(data, held_out):
         train = encode_images(tokenizer, data, args.size, n, args.workers, device)
-    figures = validate(tokenizer, train, held_out, few, device, s.lpips)
+    figures = {"images": few.val_images}
+    figures |= validate(tokenizer, train, held_out, few, device, s.lpips)
     story.tell(path, s.prefix, s.steps_before + s.step, figures)
 
 
