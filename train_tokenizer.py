@@ -11,7 +11,8 @@ Eight GPUs, stage 2:        torchrun --standalone --nproc_per_node 8 train_token
 
 A run is a folder, runs/tokenizer: stage{1,2,3}.pt (each a whole tokenizer), the last two
 stage*_step*.pt of each stage (they resume), log.csv, PNG grids (originals above, reconstructions
-below). The same command resumes it. The paper's baselines, --model vae and --model vavae, are one
+below), and story.png: what each stage reconstructs, with curves of held-out PSNR and probe (their
+figures: held_out.csv). The same command resumes it. The paper's baselines, --model vae and --model vavae, are one
 stage each; their result is vae.pt or vavae.pt. --model vfmvae, the other system, has four stages,
 strong, weak, ssim and patchgan (vfm_vae.STAGES), with a checkpoint of that name each.
 
@@ -557,9 +558,9 @@ def resume_stage(s, args, run):
 PRESETS = {
     "tiny": {
         "size": 64, "encoder": "tiny14", "decoder": "tiny", "disc_ch": 16, "data": "shapes",
-        "steps": (250, 300, 150), "batch_size": 32, "lr": 1e-3, "w_p": 0.0, "disc_start": 250,
+        "steps": (250, 300, 150), "batch_size": 24, "lr": 1e-3, "w_p": 0.0, "disc_start": 250,
         "ema_decay": 0.98, "workers": 0, "log_every": 25, "save_every": 100, "grid_every": 100,
-        "val_images": 512, "encode_images": 4096, "pretrain_steps": 500, "dino": None},
+        "val_images": 512, "encode_images": 4096, "pretrain_steps": 400, "dino": None},
     "paper": {
         "size": 256, "encoder": "vitl14", "decoder": "vavae", "disc_ch": 64,
         "data": "data/imagenet/train", "steps": (100_000, 200_000, 100_000), "batch_size": 256,
