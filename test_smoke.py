@@ -2064,7 +2064,8 @@ def test_caption_shards():
         with patch("builtins.open", side_effect=full), refused("Too many open files"):
             shards.image(0)
         part = shards.subset([4, 1, 0])
-        assert [*part.captions] == [f"picture {i}" for i in (4, 1, 0)] and part.identity != shards.identity
+        assert [*part.captions] == [f"picture {i}" for i in (4, 1, 0)]
+        assert part.identity != shards.identity
         assert part.name(1) == b"00000.tar:00001.jpg"
         assert np.array_equal(part.image(2), Image.open(io.BytesIO(jpeg(0))))
         changed = captions.CaptionShards(d, d / "index")
@@ -4640,7 +4641,7 @@ def test_cknna_command():
                 execute(fid, *argv, "--reference", encoder, "--workers", 0)
 
 
-# ------------------------------------------------------------------- results/judge.py, results/t2i.py
+# ------------------------------------------------------------------ results/judge.py, results/t2i.py
 
 def test_judge():
     """EfficientNet-Lite0: its size, TensorFlow's padding, and fid.py's command with it."""
