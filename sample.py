@@ -5,7 +5,7 @@
                (from text: the prompt in the class' place, the empty prompt in null's)
 
 A grid of the last generator in runs/dit:  python sample.py --preset tiny
-From text:                                 python sample.py --dit runs/t2i/dit_step00001200.pt
+From text:                                 python sample.py --dit runs/t2i/dit_step00000800.pt
     --preset tiny --prompt "a red star on a blue ground"
 50,000 images for fid.py, eight GPUs:
     torchrun --standalone --nproc_per_node 8 sample.py -n 50000 --out samples.npz

@@ -3484,6 +3484,8 @@ def test_train_from_captions():
         with refused("trained with another text encoder (words)"), patch.object(
                 captions.Words, "identity", "another"):
             execute(sample, *ours)
+        for more, steps in (([], 100_000), (["--preset", "tiny"], 800), (["--steps", "5"], 5)):
+            assert train_dit.parse(["--captions", *more]).steps == steps
         for words, flags in {("--model XL/1", "2B"): ["--captions", "--model", "XL/1"],
                              ("--model 2B", "XL/1"): ["--model", "2B"],
                              ("--unconditional",): ["--captions", "--unconditional"],

@@ -342,6 +342,8 @@ PRESETS = {
         "lr": 2e-4, "ema_decay": 0.9999, "workers": 8, "log_every": 100,
         "save_every": 5_000, "grid_every": 5_000, "encode_batch": 128, "val_images": 5_000},
 }
+# What --captions changes. 100K steps: the paper's, at 256 px.
+TEXT_PRESETS = {"tiny": {"model": "tiny", "steps": 800}, "paper": {"model": "2B", "steps": 100_000}}
 
 
 def parse(argv=None):
@@ -372,8 +374,9 @@ def parse(argv=None):
     add("--no-cache", action="store_true", help="encode every batch anew: no disk, more time")
     add("--encode-batch", type=count, help="images at once while the cache is made")
     args = p.fill(argv, PRESETS)
-    if args.captions and "model" not in args.given:
-        args.model = {"tiny": "tiny", "paper": "2B"}[args.preset]
+    if args.captions:
+        own = TEXT_PRESETS[args.preset]
+        vars(args).update({k: v for k, v in own.items() if k not in args.given})
     sizes = MMDITS if args.captions else DITS
     if args.model not in sizes:
         raise UserError(f"--model {args.model} is a size {'without' if args.captions else 'of'} "

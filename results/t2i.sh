@@ -1,30 +1,36 @@
 #!/usr/bin/env bash
 # Text to image on the built-in shapes, AlignTok beside the VAE:  results/t2i.sh SEED
 #
-# Of each tokenizer: the same generator from text, with as many steps; 500 pictures of combinations
-# that it has never seen, without and with guidance; what the judge (results/t2i.py) calls them.
-# The VAE has as many steps as AlignTok's stages together. OUT: where the runs go. TOKENIZERS: aligntok, vae or
-# both. A command that was stopped is repeated and goes on. All figures: OUT/seedSEED/NAME/*.json.
+# The VAE has as many images as AlignTok's three stages together (700 batches of 24), and about the same CPU time.
+# On the latents of each: the same generator from text; 500 pictures of combinations that it has never seen, without
+# and with guidance; what the judge (results/t2i.py) calls them. OUT: where the runs go. STEPS: of the generator ("400
+# 800"). TOKENIZERS: aligntok, vae or both. A command that was stopped is repeated and goes on.
+# All figures: OUT/judge.json, OUT/seed SEED/TOKENIZER/*.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if ! [[ ${1-} =~ ^[0-9]+$ ]]; then echo "error: it is results/t2i.sh SEED" >&2; exit 1; fi
+if ! [[ ${1-} =~ ^[0-9]+$ ]]; then echo "error: it is results/t2i.sh SEED; see its head" >&2; exit 1; fi
 out=${OUT:-runs/t2i}
 [ -f "$out/data/prompts.txt" ] || python results/t2i.py data "$out/data"
 [ -f "$out/judge.json" ] || python results/t2i.py judge "$out/judge.pt" --json "$out/judge.json"
 for name in ${TOKENIZERS:-aligntok vae}; do
     run=$out/seed$1/$name
-    case $name in aligntok) final=$run/stage3.pt ;; vae) final=$run/vae.pt ;; esac
-    [ -f "$final" ] || python train_tokenizer.py --preset tiny --model "$name" --seed "$1" --out "$run"
+    case $name in
+        aligntok) final=$run/stage3.pt flags=(--stage all) ;;
+        vae)      final=$run/vae.pt flags=(--model vae --batch-size 32 --steps 525) ;;
+        *)        echo "error: TOKENIZERS are aligntok and vae, not $name" >&2; exit 1 ;;
+    esac
+    [ -f "$final" ] || python train_tokenizer.py --preset tiny --seed "$1" --out "$run" "${flags[@]}"
     [ -f "$run/recon.json" ] || python results/t2i.py recon "$out/judge.pt" "$final" --json "$run/recon.json"
-    for steps in 400 800; do
-        [ -f "$run/cfg3-$steps.json" ] && continue
-        python train_dit.py --preset tiny --captions --data "$out/data" --tokenizer "$final" --seed "$1" \
-            --steps $steps --out "$run/dit"
+    for steps in ${STEPS:-400 800}; do
+        dit=$run/dit/dit_step$(printf %08d "$steps").pt
+        [ -f "$dit" ] || python train_dit.py --preset tiny --captions --data "$out/data" --tokenizer "$final" \
+            --seed "$1" --steps "$steps" --out "$run/dit"
         for cfg in 1 3; do
-            python sample.py --preset tiny --dit "$run/dit/dit_step00000$steps.pt" --tokenizer "$final" --seed "$1" \
-                --prompts "$out/data/prompts.txt" --cfg $cfg --batch-size 100 --out "$run/cfg$cfg-$steps.npz"
-            python results/t2i.py score "$out/judge.pt" "$run/cfg$cfg-$steps.npz" "$out/data/prompts.txt" \
-                --json "$run/cfg$cfg-$steps.json"
+            drawn=$run/cfg$cfg-$steps
+            [ -f "$drawn.json" ] && continue
+            python sample.py --preset tiny --dit "$dit" --tokenizer "$final" --seed "$1" --cfg $cfg --steps 15 \
+                --prompts "$out/data/prompts.txt" --batch-size 100 --out "$drawn.npz"
+            python results/t2i.py score "$out/judge.pt" "$drawn.npz" "$out/data/prompts.txt" --json "$drawn.json"
         done
     done
 done
