@@ -507,6 +507,7 @@ def load_optimiser(optimiser, state):
             moments[name] = torch.empty_like(p, requires_grad=False).copy_(moments[name])
         if moments["step"].shape != ():
             raise ValueError("the optimiser's count of steps is not one number")
+        moments["step"] = moments["step"].clone()  # nothing of a mapped file stays
 
 
 def check_weights(module, run, prefix):

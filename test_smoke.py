@@ -1173,6 +1173,28 @@ def test_many_files():
     assert images.path(0) == f"{root}/{name}" and part.path(0) == images.path(1)
 
 
+def test_checkpoints_are_mapped():
+    """A checkpoint is read without a copy of its own in memory. What goes on from it has copied
+    all: its file may be written over."""
+    def anonymous():  # of this process's memory: what no file could give back; in KB
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+    if not Path("/proc/self/status").exists():
+        return
+    path, module = TMP / "mapped.pt", torch.nn.Linear(2 ** 11, 2 ** 11)
+    adam = torch.optim.Adam(module.parameters(), fused=True)
+    module(torch.randn(1, 2 ** 11)).sum().backward()
+    adam.step()
+    save_checkpoint(path, {"tokenizer": module.state_dict(), "opt": adam.state_dict()})  # 48 MB
+    before = anonymous()
+    content = load_file(path)
+    assert anonymous() - before < 4000
+    files.load_strictly(module, content["tokenizer"], path)
+    runs.load_optimiser(adam, content["opt"])
+    del content
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
 def test_unreadable():
     """A broken image is named before its batch. --check-data names all of them in a file;
     --skip-unreadable goes on without them, the same way again, if they are at most 1 %."""

@@ -300,7 +300,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
     opt_g = torch.optim.Adam(groups, betas=betas, fused=True)
     opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=betas, fused=True)
     if start.opt_d:
-        opt_d.load_state_dict(start.opt_d)
+        runs.load_optimiser(opt_d, start.opt_d)
         opt_d.param_groups[0]["lr"] = args.lr  # the state has that of the stage before
 
     dtype = runs.autocast_dtype(args.dtype, device)
