@@ -155,13 +155,17 @@ def make_fast(model, args, device, *more):
     more: classes that are blocks for --checkpointing, too."""
     blocks = [part for part in model.modules()
               if isinstance(part, (Block, ResnetBlock, DiTBlock, *more))]
-    if args.compile if args.compile is not None else device.type == "cuda":
+    if compiles(args, device):
         compile_parts([(block, "forward") for block in blocks] if args.checkpointing
                       else model.compiled())
     elif device.type == "cpu":
         fast_weight_gradients(model)
     if args.checkpointing:
         checkpoint_activations(blocks)
+
+
+def compiles(args, device):
+    return device.type == "cuda" if args.compile is None else args.compile
 
 
 def compile_parts(parts):
@@ -582,8 +586,6 @@ class Parser(argparse.ArgumentParser):
         add("--size", type=count,
             help="image side in px, divisible by 16 (train_dit.py: default the tokenizer's)")
         add("--workers", type=index, help="loader processes per rank")
-        add("--compile", action=argparse.BooleanOptionalAction,
-            help="torch.compile the blocks (default: on GPUs)")
         add("--checkpointing", action="store_true",
             help="recompute activations: less memory, slower")
         for flag in ("--log-every", "--save-every", "--grid-every"):
@@ -596,6 +598,8 @@ class Parser(argparse.ArgumentParser):
         add("--preset", choices=presets, default="paper", help="default: %(default)s")
         add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
             help="of autocast; auto: bf16 where it is native")
+        add("--compile", action=argparse.BooleanOptionalAction,
+            help="torch.compile the blocks (default: on GPUs)")
         args = self.parse_args(argv)
         preset = presets[args.preset]
         args.given = {name for name in preset if getattr(args, name, None) is not None}

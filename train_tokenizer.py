@@ -670,6 +670,8 @@ def main(argv=None):
     if args.w_p is None or args.w_p > 0:
         with runs.rank_0_first():
             lpips = load_lpips(args.vgg16, args.lpips_heads)[0].to(device)
+        if runs.compiles(args, device):
+            runs.compile_parts([(lpips, "distance")])
     elif args.preset == "tiny":
         print_0("w_p = 0: no perceptual loss (it takes --vgg16 and --lpips-heads)")
     began = time.time()
