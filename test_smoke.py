@@ -541,7 +541,7 @@ def plain_ldm(S, x, levels):
 def test_ldm_networks():
     """Encoder and decoder against the plain ones, forward and backward (where attention takes
     another way)."""
-    sizes = DECODERS["tiny"] | {"ch": 16}
+    sizes = DECODERS["tiny"]
     for net, x, levels in ((model.Decoder(d=4, **sizes), torch.randn(2, 4, 2, 3), "up"),
                            (baselines.Encoder(d=4, **sizes), torch.randn(2, 3, 32, 48), "down")):
         S = dict(random_weights(net).named_parameters())
@@ -2681,7 +2681,6 @@ def test_steps_against_autograd():
     common += "--lr 1e-3 --encoder-lr 5e-4 --ema-decay 0.75"
     foundation = frozen(DINOv2(dim=64, depth=1, grid=4))
     with (folder() as d, patch.object(tt, "load_lpips", lambda *_: (Perceptual(), None)),
-          patch.dict(DECODERS, tiny=DECODERS["tiny"] | {"ch": 16}),
           patch.object(tt, "linear_probe", lambda *_: 0.0),
           patch("torch.compile", side_effect=lambda f, **_: f) as compiled,
           recorded(runs, "checkpoint_activations") as checkpointed):
@@ -2974,7 +2973,7 @@ def test_autocast():
 
 def test_seeds():
     """A seed draws E_p (random:NAME) and the other networks, another seed others, the other
-    networks whatever E_p is; --d and the preset's disc_ch are their sizes."""
+    networks whatever E_p is; --d, --decoder and the preset's disc_ch are their sizes."""
     def begin(stage=1, *flags):
         args = tt.parse([*SMALL, *flags])
         start = tt.start_from_encoder(stage, args, None, None, CPU)
@@ -2989,6 +2988,8 @@ def test_seeds():
     for part, k in enumerate(("cls_token", "conv_out.weight", "main.0.weight")):
         assert not torch.equal(first[part][k], other[part][k])
     begin(0, "--d", "24")
+    small, vae = begin(1, "--decoder", "small"), begin(0, "--decoder", "small")
+    assert [len(part[1]["conv_out.weight"][0]) for part in (first, small, vae)] == [16, 32, 32]
     assert same(first[2], begin(1, "--encoder", "random:tiny14_reg4")[2]) is None
 
 
@@ -3131,6 +3132,7 @@ def test_vfm_vae_trains():
                                        "random"],
             ("--model vfmvae has strong, weak",): ["--stage", 1],
             ("--init continues",): ["--stage", "strong", "--init", "x"],
+            ("--decoder small: --model vfmvae has tiny, paper",): ["--decoder", "small"],
             ("latent sides by 4", "not 80"): ["--size", 80],
             ("--batch-size 9", "equal groups of at most 8"): ["--batch-size", 9],
             ("give its file", "siglip2"): ["--encoder", "siglip2-l16-512"],
@@ -3141,6 +3143,8 @@ def test_vfm_vae_trains():
             execute(tt, *flags, "--steps", 1, "--out", TMP / "vfm-none", *more)
     with refused("--stage weak goes with --model vfmvae"):
         execute(tt, *SMALL, "--stage", "weak", "--out", TMP / "vfm-none")
+    with refused("--decoder paper: --model aligntok has tiny, small, vavae"):
+        execute(tt, *SMALL, "--decoder", "paper", "--out", TMP / "vfm-none")
 
 
 def test_resume_is_exact():

@@ -577,6 +577,7 @@ def parse(argv=None):
              "vfmvae: also a SigLIP2 file, or random:siglip2-l16-512")
     add("--dino", help="vfmvae: DINO's ViT-S/16 for the discriminator, official, a file or random; "
                        "none: a PatchGAN in its place")
+    add("--decoder", help=f"its size: {', '.join(DECODERS)}; vfmvae: {', '.join(vfm_vae.VFM_VAES)}")
     add("--d", type=count, default=32, help="latent channels (default: %(default)s)")
     add("--vgg16", help="torchvision's VGG16 file, for L_perceptual")
     add("--lpips-heads", help="LPIPS v0.1 VGG heads, for L_perceptual")
@@ -598,6 +599,9 @@ def parse(argv=None):
         help="training images for a stage's latent statistics and probe")
     args = p.fill(argv, PRESETS)
 
+    sizes = vfm_vae.VFM_VAES if args.model == "vfmvae" else DECODERS
+    if "decoder" in args.given and args.decoder not in sizes:
+        raise UserError(f"--decoder {args.decoder}: --model {args.model} has {', '.join(sizes)}")
     args.encoder_given, args.stages = "encoder" in args.given, [1, 2, 3]
     if args.model == "vfmvae":
         return parse_vfmvae(args)

@@ -25,7 +25,7 @@ mkdir -p "$runs"
 
 lite0=(--lite0 "$WEIGHTS/efficientnet-lite0-57934424.pth" --workers 0)
 flags=(--preset tiny --data "$DATA/train" --val "$DATA/val" --vgg16 "$WEIGHTS/vgg16.pth" --seed "$seed"
-       --lpips-heads "$WEIGHTS/lpips_heads.pth" --batch-size 16 --disc-start 800 --lr 1e-3)
+       --lpips-heads "$WEIGHTS/lpips_heads.pth" --decoder small --batch-size 16 --disc-start 800 --lr 1e-3)
 encoder=(--encoder "$WEIGHTS/dinov2.pth")
 stage1=("${encoder[@]}" --stage 1 --out "$out/aligntok")
 stage2=(--stage 2 --encoder-lr 1e-4)
