@@ -236,6 +236,29 @@ def write_shapes(root, n=24, size=32):
     return str(root)
 
 
+def write_shard(path, samples):
+    """A tar as img2dataset writes it. samples: {key: {suffix: bytes}}."""
+    with tarfile.open(path, "w") as tar:
+        for key, parts in samples.items():
+            for suffix, content in parts.items():
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_shards(root, n=24, size=32):
+    """The first n shapes with their captions in two shards."""
+    shapes, shards = Shapes(n=n, size=size), ({}, {})
+    for i, caption in enumerate(shapes.captions):
+        png = io.BytesIO()
+        shapes.image(i).save(png, "PNG")
+        shards[2 * i // n][f"{i:05d}"] = {"png": png.getvalue(), "txt": caption.encode()}
+    root.mkdir()
+    for k, samples in enumerate(shards):
+        write_shard(root / f"{k:05d}.tar", samples)
+    return str(root)
+
+
 def random_weights(net, seed=0, scale=0.2):
     """Nothing zero or one that would hide a mistake: at initialisation a LightningDiT's blocks, for
     one, are the identity."""
@@ -2026,16 +2049,6 @@ def test_caption_folder():
             captions.open_captions(d / "missing", d / "index", 0)
 
 
-def write_shard(path, samples):
-    """A tar as img2dataset writes it. samples: {key: {suffix: bytes}}."""
-    with tarfile.open(path, "w") as tar:
-        for key, parts in samples.items():
-            for suffix, content in parts.items():
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-
 def jpeg(seed):
     content, pixels = io.BytesIO(), np.random.default_rng(seed).integers(0, 256, (40, 32, 3))
     Image.fromarray(pixels.astype(np.uint8)).save(content, "JPEG")
@@ -3347,42 +3360,46 @@ def test_train_dit():
 
 
 def test_train_from_captions():
-    """--captions: bit-exact resume; dropped captions are the empty one, images are not flipped; the
-    schedule of t; prompts to pictures, whatever the batch; what must be refused."""
+    """--captions, of shards: bit-exact resume, with and without a loader's worker; of the shapes.
+    Dropped captions are the empty one, images are not flipped; the schedule of t; prompts to
+    pictures, whatever the batch; what must be refused."""
     with folder() as d, patch.dict(MMDITS, mini={"dim": 32, "depth": 1, "depth_single": 1,
                                                  "axes": [4, 6, 6]}):
-        ours = [*mini_dit(d)[:-4], "--captions", "--data", "shapes", "--log-every", 1]
-        with patch.object(Shapes, "__len__", lambda _: 24), patch.object(
-                Shapes, "captions", [f"a red {name}" for name in toy.SHAPES] * 2):
-            for steps in (1, 2):
-                execute(train_dit, *ours, "--out", d / "a", "--steps", steps)
-            with recorded(losses, "logit_normal") as times:
-                execute(train_dit, *ours, "--out", d / "b", "--steps", 2)
-            assert [shift for (_, shift), _ in times] == [mmdit.time_shift(4)] * 2
-            assert same(*(load_file(d / k / "dit_step00000002.pt") for k in "ab")) is None
-            text = np.load(d / "a" / "text.npy")
-            encoder = captions.Words(toy.VOCABULARY)
-            assert np.array_equal(text, encoder([*Shapes.captions, ""]))
-            with refused("text.npy", "text encoder words ->"), patch.object(
-                    captions.Words, "identity", "another"):
-                execute(train_dit, *ours, "--out", d / "a", "--steps", 2)
+        ours = [*mini_dit(d)[:-4], "--captions", "--log-every", 1, "--data"]
+        shards = [*ours, write_shards(d / "shards")]
+        for steps in (1, 2):
+            execute(train_dit, *shards, "--out", d / "a", "--steps", steps, "--workers", 2 - steps)
+        with recorded(losses, "logit_normal") as times:
+            execute(train_dit, *shards, "--out", d / "b", "--steps", 2)
+        assert [shift for (_, shift), _ in times] == [mmdit.time_shift(4)] * 2
+        assert same(*(load_file(d / k / "dit_step00000002.pt") for k in "ab")) is None
+        assert (d / "a" / "log.csv").read_bytes() == (d / "b" / "log.csv").read_bytes()
+        written, encoder = Shapes(n=24).captions, captions.Words(toy.VOCABULARY)
+        text = np.load(d / "a" / "text.npy")
+        assert np.array_equal(text, encoder([*written, ""]))
+        with refused("text.npy", "text encoder words ->"), patch.object(
+                captions.Words, "identity", "another"):
+            execute(train_dit, *shards, "--out", d / "a", "--steps", 2)
+        with patch.object(toy, "open_shapes", lambda *_: (Shapes(n=24, size=32), None)):
+            execute(train_dit, *ours, "shapes", "--out", d / "shapes", "--steps", 1)
+        assert np.array_equal(text, np.load(d / "shapes" / "text.npy"))
 
-            images = Shapes(size=32)
-            args = train_dit.parse([str(flag) for flag in ours])
-            latents = np.load(d / "a" / "latents.npy")
-            assert latents.shape == (24, 1, 8, 2, 2)
-            flow = train_dit.FlowData(images, latents, (8, 2, 2), 0, args, text)
-            draws = [flow[epoch, i] for epoch in range(40) for i in range(24)]
-            empty = [torch.equal(y, torch.from_numpy(text[24]).float()) for _, y, _, _ in draws]
-            assert 0.07 < np.mean(empty) < 0.13
-            kept = [i for i in range(24) if not empty[i]]
-            assert all(np.array_equal(draws[i][1], text[i]) for i in kept)
-            assert all(np.array_equal(draws[i][0], latents[i, 0]) for i in range(24))
-            flow.text = np.load(d / "a" / "text.npy", mmap_mode="r")
-            flow.latents = np.load(d / "a" / "latents.npy", mmap_mode="r")
-            again = pickle.loads(pickle.dumps(flow))
-            assert all(isinstance(a, np.memmap) for a in (again.text, again.latents))
-            assert all(same(again[0, i], flow[0, i]) is None for i in range(4))
+        images = Shapes(size=32)
+        args = train_dit.parse([str(flag) for flag in shards])
+        latents = np.load(d / "a" / "latents.npy")
+        assert latents.shape == (24, 1, 8, 2, 2)
+        flow = train_dit.FlowData(images, latents, (8, 2, 2), 0, args, text)
+        draws = [flow[epoch, i] for epoch in range(40) for i in range(24)]
+        empty = [torch.equal(y, torch.from_numpy(text[24]).float()) for _, y, _, _ in draws]
+        assert 0.07 < np.mean(empty) < 0.13
+        kept = [i for i in range(24) if not empty[i]]
+        assert all(np.array_equal(draws[i][1], text[i]) for i in kept)
+        assert all(np.array_equal(draws[i][0], latents[i, 0]) for i in range(24))
+        flow.text = np.load(d / "a" / "text.npy", mmap_mode="r")
+        flow.latents = np.load(d / "a" / "latents.npy", mmap_mode="r")
+        again = pickle.loads(pickle.dumps(flow))
+        assert all(isinstance(a, np.memmap) for a in (again.text, again.latents))
+        assert all(same(again[0, i], flow[0, i]) is None for i in range(4))
 
         dit, ours = d / "a" / "dit_step00000002.pt", [
             "--preset", "tiny", "--tokenizer", d / "tok.pt", "--steps", 2, "--dtype", "fp32"]
