@@ -41,7 +41,7 @@ from files import (
     write_atomically,
 )
 from losses import average_over_ranks
-from model import Block, DiTBlock, ResnetBlock
+from model import Block, DiTBlock, ResnetBlock, SigLIPBlock
 
 # Page faults took up to a third of a step on CPUs (docs/engineering.md, Speed). So tensors lie in
 # huge pages, where Linux gives them (PyTorch reads this before its first tensor), and glibc keeps
@@ -154,7 +154,7 @@ def make_fast(model, args, device, *more):
     """What both training scripts do to a network before its first step; in place, so keys stay.
     more: classes that are blocks for --checkpointing, too."""
     blocks = [part for part in model.modules()
-              if isinstance(part, (Block, ResnetBlock, DiTBlock, *more))]
+              if isinstance(part, (Block, SigLIPBlock, ResnetBlock, DiTBlock, *more))]
     if compiles(args, device):
         compile_parts([(block, "forward") for block in blocks] if args.checkpointing
                       else model.compiled())

@@ -60,7 +60,7 @@ import vfm_vae
 from baselines import VAE, FluxVAE
 from files import BatchedArray, UserError, load_encoder, load_file, load_tokenizer, save_checkpoint
 from mmdit import MMDITS, MMDiT
-from model import DECODERS, DITS, ENCODERS, DINOv2, LightningDiT, Tokenizer
+from model import DECODERS, DITS, ENCODERS, DINOv2, LightningDiT, SigLIP, Tokenizer, ViT
 from results import judge
 from toy import Shapes
 
@@ -374,6 +374,12 @@ def test_parameter_counts():
             assert parameters(plain) == number and len(plain.state_dict()) == tensors, name
             assert parameters(reg) == number + 4 * plain.dim, name
             assert len(reg.state_dict()) == tensors + 1, name
+        for name, sizes in {"dino-s16": (21_665_664, 150), "dino-b16": (85_798_656, 150),
+                            "mae-b16": (85_798_656, 150), "mae-l16": (303_301_632, 294),
+                            "mae-h14": (630_764_800, 390),
+                            "siglip2-l16-512": (316_742_656, 400)}.items():
+            net = model.make_encoder(**ENCODERS[name])
+            assert (parameters(net), len(net.state_dict())) == sizes, name
         assert {name: parameters(LightningDiT(**DITS[name])) for name in dits} == dits
         vae, flux, flux2 = (VAE(DECODERS["vavae"]), FluxVAE(baselines.FLUX),
                             FluxVAE(baselines.FLUX, 32, flux2=True))
@@ -497,6 +503,50 @@ def test_position_embedding_rules():
         for k in range(3):
             assert np.allclose(found[..., k], pil_bicubic(grid[..., k], h, w), atol=1e-5)
     assert net.position_embedding(5, 5) is net.pos_embed
+    # the others: DINO v1 as a plain DINOv2; MAE and SigLIP2 by size, without antialias
+    dino, mae, siglip = ViT(64, 0, grid=5), ViT(64, 0, grid=5, fixed=True), SigLIP(64, 0, grid=5)
+    dino.pos_embed = mae.pos_embed = net.pos_embed
+    siglip.vision_model["embeddings"]["position_embedding"].weight.data = net.pos_embed[0, 1:]
+    assert torch.equal(dino.position_embedding(3, 7), net.position_embedding(3, 7))
+    rows = bicubic(grid.astype(float), 3, 3 / 5, -0.75).transpose(1, 0, 2)
+    expected = bicubic(rows, 7, 7 / 5, -0.75).transpose(1, 0, 2).reshape(21, 64)
+    for found in (mae.position_embedding(3, 7)[0, 1:], siglip.position_embedding(3, 7)):
+        assert np.allclose(found.detach(), expected, atol=1e-5)
+
+
+def test_plain_vit():
+    """DINO v1 and MAE are a DINOv2 whose LayerScale is 1; MAE's positions are sines and cosines of
+    column, then row, and zero for cls; heads are 64 wide, 80 in MAE's largest."""
+    for fixed in (False, True):
+        vit = random_weights(ViT(128, 2, patch=14, grid=3, fixed=fixed))
+        dino = DINOv2(128, 2, grid=3)
+        dino.load_state_dict(vit.state_dict(), strict=False)
+        x = torch.randn(2, 3, 42, 42)
+        assert all(map(torch.equal, vit(x), dino(x)))
+        assert {p is vit.pos_embed for p in vit.parameters() if not p.requires_grad} == (
+            {True} if fixed else set())
+    embedding = vit.pos_embed[0].view(10, 4, 32)
+    angle = 2 / 10000 ** (5 / 32)  # patch 5 of 3 x 3: row 1, column 2
+    values = [math.sin(angle), math.cos(angle), math.sin(angle / 2), math.cos(angle / 2)]
+    assert torch.allclose(embedding[6, :, 5], torch.tensor(values)) and not embedding[0].any()
+    assert "ViT takes sides divisible by 14" in error_of(vit, x[..., :40], kind=ValueError)
+    assert [ViT(dim, 1, grid=1).blocks[0].attn.heads for dim in (384, 1280)] == [6, 16]
+
+
+def test_siglip():
+    """In the vector's place: one learned query over the tokens, then an MLP; tanh GELU; pixels in
+    [-1, 1] as they are, 16 px a token."""
+    net, x = random_weights(SigLIP(64, 1, grid=2)), torch.rand(2, 3, 32, 48) * 2 - 1
+    net.vision_model["head"].attention.in_proj_bias.data.normal_()
+    assert torch.allclose(net.prepared(x), x, atol=1e-6)
+    vector, tokens = net(x)
+    head = net.vision_model["head"]
+    weights, biases = head.attention.in_proj_weight.chunk(3), head.attention.in_proj_bias.chunk(3)
+    q, k, v = (y @ w.T + b for y, w, b in zip((head.probe[0], tokens, tokens), weights, biases))
+    y = head.attention.out_proj((q @ k.transpose(1, 2) / 8).softmax(2) @ v)[:, 0]  # (B, D)
+    hidden = F.gelu(head.mlp.fc1(head.layernorm(y)), approximate="tanh")
+    assert torch.allclose(vector, y + head.mlp.fc2(hidden), atol=1e-4)
+    assert tokens.shape == (2, 6, 64) and torch.equal(net.features(x), net(net.prepared(x))[1])
 
 
 def test_convolutional_parts():
@@ -1491,11 +1541,11 @@ def small_vfm(scale=2, foundation=None, **changed):
 def test_vfm_vae_sizes():
     """The parts' parameters and the official keys, at the released size."""
     with torch.device("meta"):
-        siglip = vfm_vae.SIGLIPS["siglip2-l16-512"]
-        sizes = vfm_vae.reading_sizes("paper", vfm_vae.SigLIP(**siglip))
+        siglip = {k: v for k, v in ENCODERS["siglip2-l16-512"].items() if k != "family"}
+        sizes = vfm_vae.reading_sizes("paper", SigLIP(**siglip))
         assert (sizes["layers"], sizes["scale"]) == ((0, 12, -1), 2)
         tok = vfm_vae.VFMVAE({"siglip": siglip}, **sizes)
-        d, vit = vfm_vae.MultiScalePatchGAN(), vfm_vae.ViT()
+        d, vit = vfm_vae.MultiScalePatchGAN(), ViT()
     adapter, synthesis = tok.ldm_adapter, tok.synthesis
     assert parameters(tok.vfm_encoder) == 316_742_656
     assert parameters(tok.vfm_encoder.encoder["vision_model"].vision_model["head"]) == 12_595_200
@@ -1527,7 +1577,7 @@ def test_vfm_vae_official_outputs():
     """Every array that the official code gave: encoder, projection, decoder, discriminator,
     DiffAug; weights loaded strictly under their own names."""
     state, given, out = fixture("siglip_vision")
-    siglip = vfm_vae.SigLIP(**vfm_vae.siglip_arguments(state) | {"heads": 4})
+    siglip = SigLIP(**model.siglip_arguments(state) | {"heads": 4})
     siglip.load_state_dict(state)
     for size in ("", "_96", "_32x48"):
         hidden = [siglip.embed(given["x" + size])]
@@ -1873,12 +1923,12 @@ def test_vfm_vae_files():
     decoder = frozen(vfm_vae.load({k: v for k, v in bare.items() if "vfm_encoder" not in k}))
     assert torch.equal(decoder.decode(z), tok.decode(z))
     siglip = {k: v for k, v in tok.vfm_encoder.encoder["vision_model"].state_dict().items()}
-    assert vfm_vae.siglip_arguments(siglip) == {"dim": 64, "depth": 4, "hidden": 256, "patch": 16,
+    assert model.siglip_arguments(siglip) == {"dim": 64, "depth": 4, "hidden": 256, "patch": 16,
                                                "grid": 8}
     for words, call, *args in (
             ("can only decode", decoder.encode, x),
             ("no VFM-VAE", vfm_vae.load, siglip),
-            ("no SigLIP2", vfm_vae.siglip_arguments, DINOv2(64, 1, grid=4).state_dict()),
+            ("no SigLIP2", model.siglip_arguments, DINOv2(64, 1, grid=4).state_dict()),
             ("scale 1.5 does not fit patches of 16 px", small_vfm, 1.5),
             ("divisible by 4, not 4x6", tok.decode, torch.zeros(1, 8, 4, 6)),
             ("divisible by 16", tok.encode, torch.zeros(1, 3, 64, 72))):
@@ -2256,6 +2306,47 @@ def test_encoders_of_other_libraries():
         load_encoder(path)
 
 
+def test_families_of_encoders():
+    """A file's family follows from its names, DINO v1's or MAE's from its positions: with a
+    decoder, of transformers, a whole SigLIP2. Only the family's own sides and names pass."""
+    names = {"attn.qkv": TRANSFORMERS["attn.qkv"], "cls_token": "embeddings.cls_token",
+             "pos_embed": "embeddings.position_embeddings",
+             "patch_embed.proj": "embeddings.patch_embeddings.projection",
+             "blocks.": "encoder.layer.", "attn.proj": "attention.output.dense",
+             "norm1": "layernorm_before", "norm2": "layernorm_after",
+             "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    dino, mae = (random_weights(ViT(64, 2, grid=3, fixed=fixed)) for fixed in (False, True))
+    siglip, zero, path = random_weights(SigLIP(64, 2, grid=3)), torch.zeros(1), str(TMP / "f.pt")
+    decoder = {"mask_token": zero, "decoder_pos_embed": zero, "decoder_blocks.0.norm1.bias": zero}
+    huge = ViT(64, 1, patch=14, grid=3, fixed=True).state_dict()
+    plain = {"dim": 64, "depth": 2, "patch": 16, "grid": 3}
+    for family, net, content in (
+            ("dino", dino, dino.state_dict()), ("mae", mae, {"model": mae.state_dict()}),
+            ("mae", mae, {"model": mae.state_dict() | decoder, "epoch": 3}),
+            ("mae", mae, {k: v.half() for k, v in mae.state_dict().items()}),
+            ("mae", mae, prefixed("vit.", renamed(mae.state_dict(), names))
+             | {"decoder.mask_token": zero}),
+            ("siglip", siglip, siglip.state_dict() | {"text_model.x": zero, "logit_scale": zero})):
+        torch.save(content, path)
+        found, arguments = load_encoder(path)
+        assert arguments.pop("hidden", 256) == 256
+        assert arguments == plain | {"family": family}
+        assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(
+            found.state_dict().values(), net.state_dict().values(), strict=True)), family
+        assert [p.shape for p in found.never_trains()] == [p.shape for p in net.never_trains()]
+    torch.save(huge, path)
+    assert load_encoder(path)[1] == plain | {"family": "mae", "depth": 1, "patch": 14}
+    for words, content in {"norm.weight": {k: v for k, v in huge.items() if k != "norm.weight"},
+                           "Unexpected key": dino.state_dict() | {"dist_token": zero}}.items():
+        torch.save(content, path)
+        assert words in error_of(load_encoder, path)
+    torch.save(mae.state_dict(), path)
+    with patch.object(files, "find_weights", lambda url, *_: path if "vit_large" in url else None):
+        assert "is not a mae-l16" in error_of(load_encoder, "mae-l16")
+    assert "no such size" in error_of(load_encoder, "random:mae-l16_reg4")
+    assert "is no DINOv2: it holds ViT" in error_of(fid.load_dinov2, path)
+
+
 def test_weights_of_other_networks():
     """They are named for what they are."""
     path = TMP / "other.pt"
@@ -2270,16 +2361,16 @@ def test_weights_of_other_networks():
             "CLIP (transformers)": ["vision_model.embeddings.class_embedding"],
             "CLIP (timm)": [*vit, "norm_pre.weight"],
             "SigLIP": ["vision_model.head.probe", "vision_model.encoder.layers.0.mlp.fc1.bias"],
-            "MAE": [*vit, "decoder_pos_embed"],
-            "another ViT": vit,
+            "another ViT": [*vit, "blocks.0.gamma_1"],
             "a ResNet": ["conv1.weight", "layer1.0.conv1.weight"]}.items():
         torch.save({"state_dict": dict.fromkeys(names, torch.zeros(1))}, path)
         if kind == "AlignTok":
             torch.save({name: {} for name in names}, path)
-        assert "no DINOv2: its names are those of " + kind.split(" (")[0] in error_of(
-            load_encoder, str(path))
+        error = error_of(load_encoder, str(path))
+        assert kind.split(" (")[0] in error, (kind, error)
+        assert kind == "SigLIP" or "is no DINOv2, SigLIP, MAE, DINO v1" in error, error
     torch.save({"fc.weight": torch.zeros(1)}, path)
-    assert "no DINOv2: names: fc.weight" in error_of(load_encoder, str(path))
+    assert "(a plain ViT): names: fc.weight" in error_of(load_encoder, str(path))
     torch.save(renamed(small_tokenizer().encoder.state_dict(), TRANSFORMERS), path)
     assert "DINOv2" in error_of(load_tokenizer, path, VAE)
     assert "no Inception" in error_of(fid.load_inception, path)
@@ -2871,6 +2962,28 @@ def test_stages_train_what_they_say():
     assert Image.open(out / "stage2_step00000002.png").size == (8 * 32, 64)
 
 
+def test_stages_on_other_encoders():
+    """MAE and SigLIP2 in DINOv2's place: the image stays as it is, one token for 16 px; what stage
+    2 leaves alone; the tokenizer is rebuilt from its file."""
+    rows = {f"{family}-mini": {"family": family, "dim": 64, "depth": 1, "patch": 16, "grid": 3}
+            for family in ("mae", "siglip")}
+    with (patch.dict(ENCODERS, rows), folder() as d, patch.object(tt, "linear_probe", lambda *_: 0),
+          patch.dict(DECODERS, tiny=DECODERS["tiny"] | {"ch": 16})):
+        for name, still in {"mae-mini": {"pos_embed"}, "siglip-mini": {
+                k for k in SigLIP(64, 1, grid=3).state_dict() if ".head." in k}}.items():
+            out = d / name
+            execute(tt, *SMALL, "--encoder", f"random:{name}", "--steps", 1, "--out", out)
+            one, two, three = (load_file(out / f"stage{n}.pt")["tokenizer"] for n in (1, 2, 3))
+            stay = {k for k in one if "encoder." in k and torch.equal(one[k], two[k])}
+            stay -= {k for k in stay if "k_proj.bias" in k}  # softmax does not see it
+            assert stay == {f"encoder.{k}" for k in still}, (name, stay)
+            assert all(torch.equal(two[k], three[k]) for k in two if "encoder." in k)
+            tok = load_tokenizer(out / "stage3.pt")
+            with recorded(tok.encoder, "forward") as calls:
+                assert tok.encode(torch.zeros(1, 3, 48, 64)).shape == (1, 32, 3, 4)
+            assert calls[0][0][0].shape == (1, 3, 48, 64)
+
+
 def test_discriminator_starts_once():
     """--disc-start counts through the stages, each of its own steps."""
     with folder() as d, patch.dict(tt.PRESETS["tiny"], steps=(2, 2, 1)):
@@ -3150,8 +3263,8 @@ def test_vfm_vae_trains():
             ("latent sides by 4", "not 80"): ["--size", 80],
             ("--batch-size 9", "equal groups of at most 8"): ["--batch-size", 9],
             ("give its file", "siglip2"): ["--encoder", "siglip2-l16-512"],
-            ("no SigLIP2",): ["--encoder", TMP / "no-siglip.pt"],
-            ("--dino", vfm_vae.DINO_URL): ["--dino", TMP / "nothing.pth"]}.items():
+            ("is no DINOv2, SigLIP",): ["--encoder", TMP / "no-siglip.pt"],
+            ("--dino", files.ENCODER_URLS["dino-s16"]): ["--dino", TMP / "nothing.pth"]}.items():
         torch.save({"vision_model.x": torch.zeros(1)}, TMP / "no-siglip.pt")
         with refused(*words):
             execute(tt, *flags, "--steps", 1, "--out", TMP / "vfm-none", *more)

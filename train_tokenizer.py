@@ -47,6 +47,7 @@ from data import (
 )
 from fid import encode_images, linear_probe, psnr, ssim
 from files import (
+    ENCODER_URLS,
     UserError,
     build,
     check_same,
@@ -59,7 +60,6 @@ from files import (
     print_0,
     reading,
     save_checkpoint,
-    sha256,
     warn,
 )
 from model import DECODERS, Tokenizer, update_ema
@@ -289,7 +289,8 @@ def set_up_stage(stage, args, run, data, lpips, device):
         if name in STAGES[stage]["trains"]:
             part.requires_grad_(True).train()
     if stage == 2:
-        tokenizer.encoder.mask_token.requires_grad_(False)  # no forward reads it
+        for p in tokenizer.encoder.never_trains():
+            p.requires_grad_(False)
     ema = copy.deepcopy(tokenizer).requires_grad_(False).eval() if STAGES[stage]["ema"] else None
 
     encoder_lr = args.encoder_lr if stage == 2 else args.lr
@@ -405,10 +406,11 @@ def start_vfm_vae(stage, args, data, run, device):
             encoder, arguments = toy.stand_in_encoder(args, data, run, device)
         else:
             with runs.rank_0_first():
-                encoder, arguments = load_foundation(args.encoder)
+                encoder, arguments = load_encoder(args.encoder)
         seed_torch(args.seed, "init")
-        kind = "siglip" if isinstance(encoder, vfm_vae.SigLIP) else "dinov2"
-        tokenizer = vfm_vae.VFMVAE({kind: arguments}, d=args.d, **vfm_vae.reading_sizes(
+        family = arguments.get("family", "dinov2")
+        arguments = {k: v for k, v in arguments.items() if k != "family"}
+        tokenizer = vfm_vae.VFMVAE({family: arguments}, d=args.d, **vfm_vae.reading_sizes(
             args.decoder, encoder))
         tokenizer.vfm_encoder.encoder["vision_model"].load_state_dict(encoder.state_dict())
     else:
@@ -441,30 +443,11 @@ def start_vfm_vae(stage, args, data, run, device):
         with reading(path, "checkpoint"):
             runs.load_optimiser(torch.optim.Adam(discriminator.parameters(), fused=True), opt_d)
     elif args.dino not in ("none", "random"):
-        path = find_weights(vfm_vae.DINO_URL, "", "--dino",
+        path = find_weights(ENCODER_URLS["dino-s16"], "", "--dino",
                             None if args.dino == "official" else args.dino)
         load_strictly(main.dino["model"]["model"], load_file(path, "DINO ViT-S/16"), path)
     return SimpleNamespace(tokenizer=tokenizer, discriminator=discriminator, reference=None,
                            opt_d=opt_d, steps=steps)
-
-
-def load_foundation(spec):
-    """(encoder, its arguments): SigLIP2 by a file or random:NAME; DINOv2 by load_encoder."""
-    name = spec.removeprefix("random:")
-    if name in vfm_vae.SIGLIPS:
-        if name == spec:
-            raise UserError(f"--encoder {spec}: give its file, {vfm_vae.SIGLIP_URL}")
-        print_0(f"encoder {name}: RANDOM weights, as asked for")
-        return vfm_vae.SigLIP(**vfm_vae.SIGLIPS[name]), vfm_vae.SIGLIPS[name]
-    if Path(spec).is_file():
-        state = {k: v for k, v in load_file(spec, "encoder").items()
-                 if k.startswith("vision_model.")}
-        if state:
-            print_0(f"encoder {spec}: sha256 {sha256(spec)}")
-            with reading(spec, "SigLIP2"):
-                arguments = vfm_vae.siglip_arguments(state)
-            return build(vfm_vae.SigLIP, arguments, state, spec), arguments
-    return load_encoder(spec)
 
 
 def seed_torch(*key):
@@ -573,8 +556,8 @@ def parse(argv=None):
     add("--lr", type=positive, help="of Adam, for G and D")
     add("--encoder-lr", type=positive, help="of E_p in stage 2 (default: --lr)")
     add("--encoder",
-        help="stage 1, vavae: vits14 ... vitg14, with _reg4, a DINOv2 file, or random:NAME; "
-             "vfmvae: also a SigLIP2 file, or random:siglip2-l16-512")
+        help="stage 1, vavae, vfmvae: vits14 ... vitg14, with _reg4; ablations: mae-l16, dino-b16, "
+             "...; or a file of a DINOv2, MAE, DINO v1 or SigLIP2, or random:NAME")
     add("--dino", help="vfmvae: DINO's ViT-S/16 for the discriminator, official, a file or random; "
                        "none: a PatchGAN in its place")
     add("--decoder", help=f"its size: {', '.join(DECODERS)}; vfmvae: {', '.join(vfm_vae.VFM_VAES)}")
