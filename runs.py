@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -254,6 +255,7 @@ class Run:
     def __init__(self, out, rank, columns):
         self.out, self.rank, self.columns = Path(out), rank, columns
         self.stopping = self.deferring = False
+        self.later = 0  # steps of the command after the present stage, as long as its own
         self.lock, self.good, self.parent = contextlib.ExitStack(), {}, os.getppid()
         if rank == 0:
             try:
@@ -376,6 +378,7 @@ class Run:
                    mininterval=1)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         self.defer_signals(True)
+        began, first = time.monotonic(), s.step
         while s.step < s.steps:
             yield
             s.step += 1
@@ -384,7 +387,11 @@ class Run:
                 s.meter.check(self, s.prefix)
                 figures = row()
                 self.log(figures)
-                bar.set_postfix({k: f"{figures[k]:.3g}" for k in s.shown if k in figures})
+                shown = {k: f"{figures[k]:.3g}" for k in s.shown if k in figures}
+                if self.later:
+                    left = s.steps - s.step + self.later
+                    shown["all stages"] = time_left(began, s.step - first, left)
+                bar.set_postfix(shown)
                 if s.step % args.log_every == 0:
                     s.meter.reset()
             if due(s.step, args.grid_every, s.steps) and self.rank == 0:
@@ -440,6 +447,11 @@ def step_files(folder, prefix, suffix):
     names = os.listdir(folder) if os.path.isdir(folder) else []
     form = re.compile(rf"{prefix}_step\d{{8,}}\.{suffix}")
     return [Path(folder, name) for name in sorted(names) if form.fullmatch(name)]
+
+
+def time_left(began, done, left):
+    """How long `left` steps take at the rate of the `done` ones since `began` (time.monotonic)."""
+    return tqdm.format_interval((time.monotonic() - began) / done * left) + " left"
 
 
 def due(step, every, steps):

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import baselines
 import captions
@@ -53,6 +53,7 @@ import mmdit
 import model
 import runs
 import sample
+import story
 import toy
 import train_dit
 import train_tokenizer as tt
@@ -338,7 +339,7 @@ def gaussian(mu, sigma):
 # ---------------------------------------------------------------------------------------- the house
 
 TIERS = [{"model", "losses"}, {"files", "mmdit"}, {"runs", "data"}, {"toy", "baselines", "captions", "vfm_vae"},
-         {"fid", "sample"}, {"train_tokenizer", "train_dit"}]
+         {"fid", "sample", "story"}, {"train_tokenizer", "train_dit"}]
 ON_TOP = {"test_smoke", "test_faults", "test_gpu", "bench", "results"}  # they may import anything
 
 
@@ -1394,9 +1395,12 @@ class Stripes:
 def test_stand_in_pretraining():
     """It learns forms and not colours: of two forms in two colours the cross-entropy goes from
     log 4 = 1.39 to log 2 = 0.69."""
-    args = SimpleNamespace(seed=2, size=32, pretrain_steps=25, workers=0, dtype="fp32")
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        toy.pretrain_encoder(DINOv2(dim=64, depth=1, grid=2), Stripes(), args, CPU)
+    args = SimpleNamespace(seed=2, size=32, pretrain_steps=25, workers=0, dtype="fp32",
+                           log_every=10, batch_size=32)
+    with (contextlib.redirect_stdout(io.StringIO()) as said,
+          recorded(toy, "time_left") as times):
+        toy.pretrain_encoder(DINOv2(dim=64, depth=1, grid=2), Stripes(), args, CPU, later=100)
+    assert [call[0][1:] for call in times] == [(10, 15 + 250), (20, 5 + 250)]
     assert 0.5 < float(said.getvalue().split("loss ")[1].split(",")[0]) < 1
 
 
@@ -1423,14 +1427,15 @@ def test_captions_of_shapes():
 def test_stand_in_encoder():
     """Trained on the labels once, then read from its file; refused where it was made otherwise."""
     args = SimpleNamespace(seed=0, size=32, pretrain_steps=2, overwrite=False, workers=0,
-                           dtype="fp32")
+                           dtype="fp32", log_every=1, batch_size=32, now=[1], steps_of={1: 7})
     with folder() as d:
-        stage = args, Shapes(n=24, size=32), SimpleNamespace(out=d, rank=0), CPU
+        stage = args, Shapes(n=24, size=32), SimpleNamespace(out=d, rank=0, later=5), CPU
         with recorded(toy, "pretrain_encoder") as trainings:
             first, again = (toy.stand_in_encoder(*stage)[0].state_dict() for _ in range(2))
         torch.manual_seed(0)
         untrained = DINOv2(**ENCODERS["tiny14"]).state_dict()
         assert len(trainings) == 1 and same(first, again) is None and same(first, untrained)
+        assert trainings[0][0][-1] == 7 + 5, "steps after it"
         args.size = 48
         with refused("encoder.pt", "size 32 -> 48"):
             toy.stand_in_encoder(*stage)
@@ -2520,6 +2525,22 @@ def test_run_folder():
         assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *others}
 
 
+def test_time_left():
+    """At the rate of the steps since the start of this process, resumed or not."""
+    with patch.object(runs.time, "monotonic", lambda: 160.0):
+        assert runs.time_left(100.0, 30, 45) == "01:30 left"
+    d = TMP / "time-left"
+    for steps, expected in ((2, [(1, 6), (2, 5)]), (4, [(1, 6), (2, 5)])):
+        s = SimpleNamespace(prefix="a", step=steps - 2, steps=steps, shown=(), meter=Mock())
+        args = SimpleNamespace(log_every=1, grid_every=9, save_every=9)
+        with runs.Run(d, 0, ["step"]) as run, recorded(runs, "time_left") as times:
+            run.later = 5
+            with patch.object(run, "save"):
+                for _ in run.steps(s, args, dict, lambda path: None):
+                    pass
+        assert [call[0][1:] for call in times] == expected
+
+
 def test_meter():
     """Means over the steps since the last reset, also through a checkpoint; the first step whose
     loss was not finite."""
@@ -2984,10 +3005,65 @@ def test_stages_on_other_encoders():
             assert calls[0][0][0].shape == (1, 3, 48, 64)
 
 
+def test_story():
+    """Rows: originals, then each stage's last grid. Curves: held-out figures of the result on a
+    quarter of the images, with a probe of a sixteenth of the training ones. held_out.csv holds
+    them; measured again, a step's figures replace its row and the later ones."""
+    out = small_run()
+    picture, k = Image.open(out / "story.png"), story.SIDE
+    for i, (stage, row) in enumerate([("1", 0), ("1", 1), ("2", 1), ("3", 1)]):
+        grid = Image.open(out / f"stage{stage}_step00000002.png").crop(
+            (0, 32 * row, 256, 32 * row + 32)).resize((8 * k, k), Image.BICUBIC)
+        top = story.GAP + i * (k + story.GAP)
+        part = picture.crop((story.GUTTER, top, story.GUTTER + 8 * k, top + k))
+        assert np.array_equal(part, grid), (stage, row)
+
+    with open(out / "held_out.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert [(row["stage"], row["steps"]) for row in rows] == [
+        ("stage1", "2"), ("stage2", "4"), ("stage3", "6")]
+    tok = frozen(load_tokenizer(out / "stage3.pt"))
+    x = data.to_tensor(torch.stack([data.Crops(Shapes("val", n=24, size=32), 32)[item][0]
+                                    for item in data.at_random(6, 6, 24)[0]]))
+    psnr = 10 * torch.log10(4 / (x - tok.decode(tok.encode(x)).clamp(-1, 1)).square().mean((1, 2, 3)))
+    close(float(rows[2]["psnr"]), psnr.mean().item(), 1e-4)
+    train, val = (fid.encode_images(tok, Shapes(split, n=n, size=32), 32, few, 0, CPU)
+                  for split, n, few in (("train", 8192, 3), ("val", 24, 6)))
+    probe = fid.linear_probe(train.latents, train.labels, val.latents, val.labels)
+    close(float(rows[2]["probe"]), probe, 1e-4)
+
+    with folder() as d:
+        for stage, steps, figures in (("stage1", 10, (9, 50)), ("strong", 30, (20, 60)),
+                                      ("strong", 40, (29, 70)), ("vae", 20, (19, math.nan))):
+            path = d / f"{stage}_step000000{steps}.png"
+            Image.new("RGB", (512, 512), "red").save(path)
+            with recorded(story, "chart") as charts, patch.object(
+                    ImageDraw.ImageDraw, "ellipse", autospec=True) as points:
+                story.tell(path, stage, steps, dict(zip(("psnr", "probe"), figures), images=5))
+            if steps == 40:
+                assert [call[0][2] for call in charts] == [
+                    [(10, 9), (30, 20), (40, 29)], [(10, 50), (30, 60), (40, 70)]]
+                (a, b, c), _ = (np.reshape([call.args[1] for call in points.call_args_list[i:i + 3]],
+                                           (3, 2, 2)).mean(1) for i in (0, 3))
+                assert np.allclose((b - a) / (c - a), (20 / 30, 11 / 20)), "on a linear scale"
+                assert (c - a)[1] < 0 < (c - a)[0], "better is higher, later is to the right"
+        assert Image.open(d / "story.png").size == (2 * (story.WIDTH + story.GAP), 2 * (
+            3 * (k + story.GAP) + story.GAP + story.HEIGHT))
+        assert (d / "held_out.csv").read_text().splitlines()[1:] == [
+            "stage1,10,5,,9,,50,", "vae,20,5,,19,,nan,"]
+        with recorded(story, "chart") as charts:  # one point, no labels
+            story.tell(d / "vae_step00000020.png", "vae", 5, {"psnr": 7.0, "images": 9})
+        assert [call[0][2] for call in charts] == [[(5, 7.0)]]
+
+
 def test_discriminator_starts_once():
     """--disc-start counts through the stages, each of its own steps."""
-    with folder() as d, patch.dict(tt.PRESETS["tiny"], steps=(2, 2, 1)):
+    with (folder() as d, patch.dict(tt.PRESETS["tiny"], steps=(2, 2, 1)),
+          recorded(runs, "time_left") as times):
         execute(tt, *SMALL, "--out", d, "--disc-start", 3)
+        # of the bar: steps done, and left in all stages; the last stage's own bar tells them
+        assert np.allclose([call[0][1:] for call in times], [
+            (1, 1 + 2 * 1.4 + 1.2), (2, 2 * 1.4 + 1.2), (1, 1 + 1.2 / 1.4), (2, 1.2 / 1.4)])
         rows = [(row["stage"], bool(row["d_loss"])) for row in rows_of(d)]
     assert rows == [("1", False), ("1", False), ("2", False), ("2", True), ("3", True)]
 
@@ -3050,13 +3126,13 @@ def test_end_of_a_stage():
             psnr = 10 * torch.log10(4 / (v - recon).square().mean((1, 2, 3)))
             rec = (v - recon).abs().mean() + 0.6 * Perceptual()(v, recon).mean()
             figures = {"rec": rec, "psnr": psnr.mean(), "ssim": losses.ssim(v, recon).mean(),
-                       "probe": probes[0][1], "probe_tokens": probes[1][1]}
+                       "probe": probes[-2][1], "probe_tokens": probes[-1][1]}
             assert figures.keys() == content["validation"].keys()
             for k, value in figures.items():
                 close(content["validation"][k], float(value), 1e-4)
             by_hand = ((z.mean((2, 3)), y[chosen], tok.encode(v).mean((2, 3)), labels),
                        (tokens.mean(1), y[chosen], tok.features(v).mean(1), labels))
-            for (found, _), expected in zip(probes, by_hand):
+            for (found, _), expected in zip(probes[-2:], by_hand):
                 assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
 
             pictures = torch.cat([held_x, tok.decode(tok.encode(held_x))])
@@ -4330,7 +4406,9 @@ def test_linear_probe():
     assert right < 100
     y = torch.arange(20000) % 2
     x = torch.randn(20000, 1) + (2.0 * y - 1)[:, None]
+    state = torch.get_rng_state()
     assert abs(fid.linear_probe(x[:10000], y[:10000], x[10000:], y[10000:]) - 84.1) < 1.2
+    assert torch.equal(state, torch.get_rng_state()), "it draws nothing"
 
 
 def figures(*argv, script=fid):
