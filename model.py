@@ -840,6 +840,46 @@ def siglip_arguments(state):
             "grid": math.isqrt(positions)}
 
 
+# ---- LoRA, an ablation of stage 2
+
+class LoRA(nn.Linear):
+    """y = W x + b + B A x, with W and b frozen (Hu et al. 2022; alpha is the rank). B is zero at
+    the start."""
+
+    def __init__(self, linear, rank):
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight, self.bias, limit = linear.weight, linear.bias, linear.in_features ** -0.5
+        A = self.weight.new_empty(rank, self.in_features).uniform_(-limit, limit)
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.A), self.B)
+
+    def merged(self):
+        linear = nn.Linear(self.in_features, self.out_features)
+        linear.weight, linear.bias = self.weight, self.bias
+        linear.weight.data += self.B.data @ self.A.data
+        return linear
+
+
+def add_lora(encoder, rank):
+    """From here on a low-rank update of each linear map in the blocks is all of it that trains."""
+    encoder.requires_grad_(False)
+    for part in list(encoder.blocks.modules()):
+        for name, m in part.named_children():
+            if isinstance(m, nn.Linear):
+                setattr(part, name, LoRA(m, rank))
+
+
+def merge_lora(encoder):
+    """Adds the updates, if there are any, to the weights: W + B A."""
+    for part in list(encoder.blocks.modules()):
+        for name, m in part.named_children():
+            if isinstance(m, LoRA):
+                setattr(part, name, m.merged())
+
+
 # ---- named sizes
 
 # The families of encoders. How they differ from DINOv2:
