@@ -573,9 +573,12 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(dim, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x, c):
+    def modulated(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # (B, N, out)
+        return modulate(self.norm_final(x), shift, scale)
+
+    def forward(self, x, c):
+        return self.linear(self.modulated(x, c))  # (B, N, out)
 
 
 class TimeEmbedder(nn.Module):
@@ -656,14 +659,9 @@ class LightningDiT(nn.Module):
         """What --compile compiles: parts and their methods."""
         return [(block, "forward") for block in self.blocks]
 
-    def forward(self, z_t, t, y=None):
-        """The paper's velocity v = z1 - z0 (B, d, H, W) at the noisy, normalised latents z_t
-        (B, d, H, W) and the times t (B,), 0 data, 1 noise.
-
-        y: classes (B,) in [0, K], K: none; an unconditional model takes no y. An official
-        checkpoint has learned the other direction: v(z_t, t, y) = -official(z_t, 1 - t, y).
-        Raises ValueError for latents of another shape."""
-        B, d, H, W = z_t.shape
+    def embed(self, z_t, t, y):
+        """What forward takes -> tokens (B, N, D), condition (B, D), RoPE's cos and sin."""
+        _, d, H, W = z_t.shape
         if d != self.d or H % self.patch or W % self.patch:
             raise ValueError(f"this LightningDiT takes latents of {self.d} channels with sides "
                              f"divisible by {self.patch}, not {d}x{H}x{W}")
@@ -673,11 +671,26 @@ class LightningDiT(nn.Module):
         c = self.t_embedder(t)  # (B, D)
         if self.num_classes:
             c = c + self.y_embedder["embedding_table"](y)
+        return x, c, cos, sin
+
+    def unpatch(self, x, H, W):
+        """(B, N, p*p*d) -> (B, d, H, W)."""
+        p = self.patch
+        x = x.view(-1, H // p, W // p, p, p, self.d)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.d, H, W)
+
+    def forward(self, z_t, t, y=None):
+        """The paper's velocity v = z1 - z0 (B, d, H, W) at the noisy, normalised latents z_t
+        (B, d, H, W) and the times t (B,), 0 data, 1 noise.
+
+        y: classes (B,) in [0, K], K: none; an unconditional model takes no y. An official
+        checkpoint has learned the other direction: v(z_t, t, y) = -official(z_t, 1 - t, y).
+        Raises ValueError for latents of another shape."""
+        x, c, cos, sin = self.embed(z_t, t, y)
         for block in self.blocks:
             x = block(x, c, cos, sin)
         x = self.final_layer(x, c)  # (B, N, p*p*d)
-        x = x.view(B, h, w, self.patch, self.patch, d)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, d, H, W)
+        return self.unpatch(x, *z_t.shape[-2:])
 
 
 # ---- the other encoders: DINO v1 and MAE, SigLIP2
