@@ -573,9 +573,12 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(dim, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x, c):
+    def modulated(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # (B, N, out)
+        return modulate(self.norm_final(x), shift, scale)
+
+    def forward(self, x, c):
+        return self.linear(self.modulated(x, c))  # (B, N, out)
 
 
 class TimeEmbedder(nn.Module):
@@ -656,14 +659,9 @@ class LightningDiT(nn.Module):
         """What --compile compiles: parts and their methods."""
         return [(block, "forward") for block in self.blocks]
 
-    def forward(self, z_t, t, y=None):
-        """The paper's velocity v = z1 - z0 (B, d, H, W) at the noisy, normalised latents z_t
-        (B, d, H, W) and the times t (B,), 0 data, 1 noise.
-
-        y: classes (B,) in [0, K], K: none; an unconditional model takes no y. An official
-        checkpoint has learned the other direction: v(z_t, t, y) = -official(z_t, 1 - t, y).
-        Raises ValueError for latents of another shape."""
-        B, d, H, W = z_t.shape
+    def embed(self, z_t, t, y):
+        """What forward takes -> tokens (B, N, D), condition (B, D), RoPE's cos and sin."""
+        _, d, H, W = z_t.shape
         if d != self.d or H % self.patch or W % self.patch:
             raise ValueError(f"this LightningDiT takes latents of {self.d} channels with sides "
                              f"divisible by {self.patch}, not {d}x{H}x{W}")
@@ -673,11 +671,26 @@ class LightningDiT(nn.Module):
         c = self.t_embedder(t)  # (B, D)
         if self.num_classes:
             c = c + self.y_embedder["embedding_table"](y)
+        return x, c, cos, sin
+
+    def unpatch(self, x, H, W):
+        """(B, N, p*p*d) -> (B, d, H, W)."""
+        p = self.patch
+        x = x.view(-1, H // p, W // p, p, p, self.d)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.d, H, W)
+
+    def forward(self, z_t, t, y=None):
+        """The paper's velocity v = z1 - z0 (B, d, H, W) at the noisy, normalised latents z_t
+        (B, d, H, W) and the times t (B,), 0 data, 1 noise.
+
+        y: classes (B,) in [0, K], K: none; an unconditional model takes no y. An official
+        checkpoint has learned the other direction: v(z_t, t, y) = -official(z_t, 1 - t, y).
+        Raises ValueError for latents of another shape."""
+        x, c, cos, sin = self.embed(z_t, t, y)
         for block in self.blocks:
             x = block(x, c, cos, sin)
         x = self.final_layer(x, c)  # (B, N, p*p*d)
-        x = x.view(B, h, w, self.patch, self.patch, d)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, d, H, W)
+        return self.unpatch(x, *z_t.shape[-2:])
 
 
 # ---- the other encoders: DINO v1 and MAE, SigLIP2
@@ -838,6 +851,46 @@ def siglip_arguments(state):
     depth = sum(k.endswith(".layer_norm1.weight") for k in state)
     return {"dim": dim, "depth": depth, "hidden": hidden, "patch": patch,
             "grid": math.isqrt(positions)}
+
+
+# ---- LoRA, an ablation of stage 2
+
+class LoRA(nn.Linear):
+    """y = W x + b + B A x, with W and b frozen (Hu et al. 2022; alpha is the rank). B is zero at
+    the start."""
+
+    def __init__(self, linear, rank):
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight, self.bias, limit = linear.weight, linear.bias, linear.in_features ** -0.5
+        A = self.weight.new_empty(rank, self.in_features).uniform_(-limit, limit)
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.A), self.B)
+
+    def merged(self):
+        linear = nn.Linear(self.in_features, self.out_features)
+        linear.weight, linear.bias = self.weight, self.bias
+        linear.weight.data += self.B.data @ self.A.data
+        return linear
+
+
+def add_lora(encoder, rank):
+    """From here on a low-rank update of each linear map in the blocks is all of it that trains."""
+    encoder.requires_grad_(False)
+    for part in list(encoder.blocks.modules()):
+        for name, m in part.named_children():
+            if isinstance(m, nn.Linear):
+                setattr(part, name, LoRA(m, rank))
+
+
+def merge_lora(encoder):
+    """Adds the updates, if there are any, to the weights: W + B A."""
+    for part in list(encoder.blocks.modules()):
+        for name, m in part.named_children():
+            if isinstance(m, LoRA):
+                setattr(part, name, m.merged())
 
 
 # ---- named sizes

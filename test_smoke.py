@@ -51,6 +51,7 @@ import files
 import losses
 import mmdit
 import model
+import repa
 import runs
 import sample
 import story
@@ -338,8 +339,9 @@ def gaussian(mu, sigma):
 
 # ---------------------------------------------------------------------------------------- the house
 
-TIERS = [{"model", "losses"}, {"files", "mmdit"}, {"runs", "data"}, {"toy", "baselines", "captions", "vfm_vae"},
-         {"fid", "sample", "story"}, {"train_tokenizer", "train_dit"}]
+TIERS = [{"model", "losses"}, {"files", "mmdit", "repa"}, {"runs", "data"},
+         {"toy", "baselines", "captions", "vfm_vae"}, {"fid", "sample", "story"},
+         {"train_tokenizer", "train_dit"}]
 ON_TOP = {"test_smoke", "test_faults", "test_gpu", "bench", "results"}  # they may import anything
 
 
@@ -704,9 +706,10 @@ def test_positions_against_loops():
                 assert abs(y[n, i + 1] - (b * cos + a * sin)) < 1e-5
 
 
-def plain_dit(S, z, t, y, heads):
+def plain_dit(S, z, t, y, heads, cls=None, taps=None):
     """LightningDiT from its published description, on a state dict in fp64; explicit softmax, no
-    modules."""
+    modules. cls: REG's noised class token, in front, without a position; taps: a list for the
+    tokens after each block and before the last map."""
     def linear(name, x):
         return x @ S[f"{name}.weight"].T + S[f"{name}.bias"]
 
@@ -724,6 +727,12 @@ def plain_dit(S, z, t, y, heads):
     x = torch.stack([(z[:, None, :, p * r:p * r + p, p * c:p * c + p] * kernel).sum((2, 3, 4))
                      for r, c in patches], 1)  # (B, N, D)
     x = x + S["x_embedder.proj.bias"] + model.sincos_embedding(h, w, D).double()
+    if cls is not None:
+        cls = linear("cls_embedder", cls)
+        cls = (cls - cls.mean(1, keepdim=True)) / (cls.var(1, False, keepdim=True) + 1e-5).sqrt()
+        cls = cls * S["cls_norm.weight"] + S["cls_norm.bias"]
+        x = torch.cat([cls[:, None], x], 1)
+        cos, sin = torch.cat([cos[:1] * 0 + 1, cos]), torch.cat([sin[:1] * 0, sin])
     angle = t[:, None] * 10000 ** (-torch.arange(128).double() / 128)
     c = linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], 1))
     c = linear("t_embedder.mlp.2", silu(c)) + S["y_embedder.embedding_table.weight"][y]
@@ -731,19 +740,23 @@ def plain_dit(S, z, t, y, heads):
     while (b := f"blocks.{i}.") + "norm1.weight" in S:
         a1, b1, g1, a2, b2, g2 = linear(f"{b}adaLN_modulation.1", c).split(D, -1)
         qkv = linear(f"{b}attn.qkv", norm(f"{b}norm1", x) * (1 + b1) + a1)
-        q, k, v = (p.reshape(B, h * w, heads, -1).transpose(1, 2) for p in qkv.split(D, -1))
+        q, k, v = (p.reshape(B, len(cos), heads, -1).transpose(1, 2) for p in qkv.split(D, -1))
         q = model.rotate(norm(f"{b}attn.q_norm", q), cos, sin)
         k = model.rotate(norm(f"{b}attn.k_norm", k), cos, sin)
         weights = torch.exp(q @ k.transpose(2, 3) / math.sqrt(D // heads))
         out = weights / weights.sum(-1, keepdim=True) @ v
-        x = x + g1 * linear(f"{b}attn.proj", out.transpose(1, 2).reshape(B, h * w, D))
+        x = x + g1 * linear(f"{b}attn.proj", out.transpose(1, 2).reshape(B, len(cos), D))
         hidden = norm(f"{b}norm2", x) * (1 + b2) + a2
         gate, value = linear(f"{b}mlp.w12", hidden).chunk(2, -1)
         x = x + g2 * linear(f"{b}mlp.w3", silu(gate) * value)
         i += 1
+        if taps is not None:
+            taps.append(x)
     shift, scale = linear("final_layer.adaLN_modulation.1", c).split(D, -1)
     x = norm("final_layer.norm_final", x) * (1 + scale) + shift
-    out, v = linear("final_layer.linear", x), torch.zeros_like(z)
+    if taps is not None:
+        taps.append(x)
+    out, v = linear("final_layer.linear", x[:, -h * w:]), torch.zeros_like(z)
     for n, (r, c) in enumerate(patches):  # a token's numbers: row, column, channel
         for k, (i, j, channel) in enumerate(np.ndindex(p, p, d)):
             v[:, channel, p * r + i, p * c + j] = out[:, n, k]
@@ -3056,6 +3069,52 @@ def test_story():
         assert [call[0][2] for call in charts] == [[(5, 7.0)]]
 
 
+def test_lora():
+    """--lora: stage 2 trains two factors of each linear map in E_p's blocks and nothing else of it;
+    step 0 is stage 1; an exact resume; the result, merged, is an ordinary tokenizer."""
+    tok, x = small_tokenizer(), torch.rand(2, 3, 32, 32) * 2 - 1
+    begin, before = copy.deepcopy(tok.state_dict()), tok.encode(x)
+    model.add_lora(tok.encoder, 2)
+    assert torch.equal(tok.encode(x), before), "B is zero"
+    factors = {k: p for k, p in tok.encoder.named_parameters() if p.requires_grad}
+    assert factors.keys() == {f"blocks.0.{m}.{k}" for k in "AB" for m in (
+        "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    random_weights(tok)
+    A, B = (factors[f"blocks.0.attn.qkv.{k}"].detach() for k in "AB")
+    assert A.shape == (2, 64) and B.shape == (192, 2)
+    with torch.no_grad():
+        unmerged, by_hand = tok.encode(x), begin["encoder.blocks.0.attn.qkv.weight"] + B @ A
+    model.merge_lora(tok.encoder)
+    with torch.no_grad():
+        assert (tok.encode(x) - unmerged).abs().max() <= 1e-5 * unmerged.abs().max()
+    assert torch.allclose(tok.encoder.blocks[0].attn.qkv.weight, by_hand, atol=1e-6)
+    assert tok.state_dict().keys() == begin.keys()
+    assert not torch.allclose(unmerged, before, atol=1e-2)
+
+    with patch.object(tt, "linear_probe", lambda *_: 0), folder() as d:
+        flags = [*SMALL, "--stage", 2, "--init", small_run() / "stage1.pt", "--lora", 3]
+        execute(tt, *flags, "--steps", 3, "--out", d / "a")
+        for steps in (1, 3):
+            execute(tt, *flags, "--steps", steps, "--save-every", 1, "--out", d / "b")
+        assert same(*(load_file(d / out / "stage2.pt") for out in "ab")) is None
+        steps = [load_file(d / "b" / f"stage2_step{n:08d}.pt") for n in (2, 3)]
+        moved = {k for k, v in steps[1]["tokenizer"].items()
+                 if "encoder." in k and not torch.equal(v, steps[0]["tokenizer"][k])}
+        assert len(moved) == 2 * 4 * 4 and all(k[-2:] in (".A", ".B") for k in moved), moved
+        one, two = load_tokenizer(small_run() / "stage1.pt"), load_tokenizer(d / "a" / "stage2.pt")
+        ema = steps[1]["ema"]
+        for k, v in two.encoder.state_dict().items():
+            name = f"encoder.{k.removesuffix('weight')}"
+            delta = ema[f"{name}B"] @ ema[f"{name}A"] if f"{name}A" in ema else 0 * v
+            moved = v - one.encoder.state_dict()[k]
+            assert torch.allclose(moved, delta, atol=1e-7), k
+        with refused("lora 3 -> None"):
+            execute(tt, *flags[:-2], "--steps", 4, "--out", d / "b")
+        for more in (["--stage", 1], ["--stage", 3], ["--model", "vae"], ["--model", "vfmvae"]):
+            with refused("--lora goes with --stage 2"):
+                execute(tt, *SMALL, "--lora", 3, *more, "--out", d / "none")
+
+
 def test_discriminator_starts_once():
     """--disc-start counts through the stages, each of its own steps."""
     with (folder() as d, patch.dict(tt.PRESETS["tiny"], steps=(2, 2, 1)),
@@ -3453,6 +3512,134 @@ def test_tokenizer_errors():
             execute(tt, *SMALL, "--steps", 1, "--out", out)
     assert "cut.pt" in error_of(load_tokenizer, cut)
     assert "take the stage's final one" in error_of(load_tokenizer, resume)
+
+
+# ------------------------------------------------------------------------------------------ repa.py
+
+def small_aligned(align, **changed):
+    sizes = {"dim": 32, "depth": 5, "heads": 2, "d": 4, "num_classes": 5, "grid": (2, 4)}
+    return random_weights(repa.AlignedDiT(align, 24, qk_norm=True, **sizes | changed))
+
+
+def test_repa_and_reg():
+    """Loss and gradients against plain autograd: -.5 cos with the encoder's tokens after block
+    5 * 8/28, REG's class token at .03; the velocity that sample.py integrates."""
+    encoder = random_weights(ViT(24, 1, grid=3)).requires_grad_(False).double()
+    images = torch.rand(3, 3, 32, 64) * 2 - 1
+    z0, z1 = torch.randn(2, 3, 4, 2, 4).double()
+    t, n, y = torch.rand(3).double(), torch.randn(3, 24).double(), torch.tensor([0, 5, 2])
+    prepared = ((images + 1) / 2 - encoder.pixel_mean) / encoder.pixel_std
+    with torch.no_grad():
+        cls, tokens = encoder(prepared.double())
+    def check(align):
+        net = small_aligned(align).double()
+        S, a, taps = dict(net.named_parameters()), t.view(-1, 1, 1, 1), []
+        cls_t = (1 - t[:, None]) * cls + t[:, None] * n if align == "reg" else None
+        v = plain_dit(S, (1 - a) * z0 + a * z1, t, y, 2, cls_t, taps)
+        u, P = z1 - z0, taps[0]  # after the first of five
+        for i in (0, 2, 4):
+            P = P @ S[f"projector.{i}.weight"].T + S[f"projector.{i}.bias"]
+            P = P * torch.sigmoid(P) if i < 4 else P
+        target = tokens if align == "repa" else torch.cat([cls[:, None], tokens], 1)
+        pairs = zip(P.flatten(0, 1), target.flatten(0, 1))
+        cosines = [p @ f / p.norm() / f.norm() for p, f in pairs]
+        by_hand = {"align": -sum(cosines) / len(cosines)}
+        expected = ((v - u) ** 2).mean() + 0.5 * by_hand["align"]
+        expected += 0.3 * (1 - (v * u).sum(1) / v.norm(dim=1) / u.norm(dim=1)).mean()
+        if align == "reg":
+            v_cls = taps[-1][:, 0] @ S["cls_out.weight"].T + S["cls_out.bias"]
+            by_hand["class"] = ((v_cls - (n - cls)) ** 2).mean()
+            expected += 0.03 * by_hand["class"]
+        loss, mse, _, terms = repa.flow_matching(encoder, net, z0, z1, t, y, 0.3, images, n)
+        close(loss.item(), expected.item(), 1e-6)
+        assert terms.keys() == by_hand.keys()
+        assert torch.allclose(mse, ((v - u) ** 2).mean((1, 2, 3)))
+        for name, value in by_hand.items():
+            close(terms[name].item(), value.item(), 1e-6)
+        trained = {k: p for k, p in S.items() if p.requires_grad}
+        grads = [torch.autograd.grad(f, list(trained.values())) for f in (loss, expected)]
+        for k, g, g_by_hand in zip(trained, *grads):
+            assert (g - g_by_hand).norm() <= 1e-5 * g_by_hand.norm() + 1e-12, (align, k)
+
+        # for sampling: the class token in 3 channels of 2 x 4, F = 24, behind the latents
+        z_t = (1 - a) * z0 + a * z1
+        if align == "reg":
+            both = torch.cat([z_t, cls_t.view(3, 3, 2, 4)], 1)
+            assert net.extra == 3 and torch.allclose(net(both, t, y)[:, :4], v, atol=1e-6)
+            assert torch.allclose(net(both, t, y)[:, 4:].flatten(1), v_cls, atol=1e-6)
+            assert small_aligned("reg", grid=(4, 4)).extra == 2, "filled up"
+        else:
+            assert torch.allclose(net(z_t, t, y), v, atol=1e-6)
+        cls_of, arguments, state = repa.for_sampling(net.arguments, net.state_dict())
+        bare = cls_of(**arguments)
+        bare.load_state_dict(state)
+        assert ("projector" in str(state.keys())) is False
+        assert type(bare) is (LightningDiT if align == "repa" else repa.AlignedDiT)
+    with patch.object(torch.Tensor, "float", torch.Tensor.double):
+        for align in ("repa", "reg"):
+            check(align)
+    fresh = repa.AlignedDiT("reg", 24, dim=32, depth=28, heads=2, d=4, grid=(2, 4))
+    assert fresh.tap == 8 and not fresh(torch.randn(2, 7, 2, 4), torch.rand(2), y[:2]).any()
+    assert fresh.projector[0].out_features == 128
+
+
+def test_train_with_repa_and_reg():
+    """--align: an exact resume, with the latents cached or not; what the encoder sees is what was
+    encoded, flips and all; both are sampled, REG's class token by the same steps as z; each mistake
+    is one line."""
+    with folder() as d, mini_size():
+        torch.manual_seed(0)
+        torch.save(random_weights(ViT(24, 1, grid=2)).state_dict(), d / "vit.pth")
+        ours = [*mini_dit(d), "--log-every", 1, "--align-encoder", d / "vit.pth", "--cache",
+                d / "z.npy"]
+        for align in ("repa", "reg"):
+            a, b = d / align, d / f"{align}-again"
+            flags = [*ours, "--align", align]
+            with recorded(repa, "flow_matching") as calls:
+                execute(train_dit, *flags, "--out", a, "--steps", 3)
+            last = "dit_step00000003.pt"
+            if align == "reg":
+                for steps in (1, 3):
+                    execute(train_dit, *flags, "--out", b, "--steps", steps)
+                assert same(*(load_file(out / last) for out in (a, b))) is None
+            rows = rows_of(a)
+            assert all(float(row["align"]) and bool(row["class"]) == (align == "reg")
+                       for row in rows)
+            tok = load_tokenizer(d / "tok.pt")
+            for (_, _, z0, _, _, _, _, images, n), _ in calls:
+                assert torch.allclose(tok.normalize(tok.encode(images)), z0, atol=0.02)
+                assert n.shape == (8, 24) and len({*n[:, 0].tolist()}) == 8
+
+            execute(sample, "--preset", "tiny", "--dit", a / last, "--tokenizer", d / "tok.pt",
+                    "-n", 2, "--steps", 2, "--cfg", 1, "--out", d / f"{align}.npz")
+            saved = load_file(a / last)
+            net = repa.AlignedDiT(**saved["arguments"])
+            net.load_state_dict(saved["ema"])
+            assert saved["model"].keys() == saved["ema"].keys()
+            start = [data.rng(0, "noise", i).standard_normal((8 + net.extra, 2, 2), np.float32)
+                     for i in (0, 1)]
+            z = torch.from_numpy(np.stack(start))
+            z, cls, y = z[:, :8], z[:, 8:].flatten(1)[:, :24], torch.tensor([0, 1])
+            with torch.no_grad():
+                for t in (1.0, 0.5):
+                    v, v_cls, _ = net(z, torch.full((2,), t), y, cls)
+                    z, cls = z - 0.5 * v, cls - 0.5 * v_cls if align == "reg" else cls
+                expected = data.to_uint8(tok.decode(tok.unnormalize(z)))
+            found = np.load(d / f"{align}.npz")["arr_0"]
+            assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
+        execute(train_dit, *flags, "--no-cache", "--out", d / "fresh", "--steps", 1)
+        assert math.isclose(float(rows_of(d / "fresh")[0]["loss"]), float(rows[0]["loss"]),
+                            rel_tol=2e-3)
+        for words, more in {
+                ("align reg -> repa",): ["--align", "repa", "--out", a],
+                ("--align-encoder ENCODER", "go together"): [],
+                ("no DINOv2, SigLIP",): ["--align=reg", "--align-encoder", d / "tok.pt"]}.items():
+            with refused(*words):
+                execute(train_dit, *ours, "--steps", 4, "--out", d / "none", *more)
+        with refused("--captions and --align exclude each other"):
+            train_dit.parse(["--align", "reg", "--align-encoder", "vitb14", "--captions"])
+        with refused("go together"):
+            train_dit.parse(["--align", "reg"])
 
 
 # ------------------------------------------------------------------------------------- train_dit.py

@@ -65,7 +65,7 @@ from files import (
     save_checkpoint,
     warn,
 )
-from model import DECODERS, Tokenizer, update_ema
+from model import DECODERS, Tokenizer, add_lora, merge_lora, update_ema
 from runs import count, index, positive, weight
 
 # What trains; whether the frozen result of stage 1 is the reference of L_sp; whether the stage's
@@ -225,6 +225,8 @@ def finish_stage(s, args, data, held_out, device, path):
     """The stage's result is its EMA, where it has one: computes its latent statistics, validates it
     and saves it as a tokenizer, with D for the next stage."""
     result = (s.ema or s.tokenizer).eval()
+    if args.lora and s.stage == 2:
+        merge_lora(result.encoder)
     train = encode_images(result, data, args.size, args.encode_images, args.workers, device)
     if s.stage not in LATENTS_STAY:  # else they keep the statistics of the stage before
         result.latent_mean.copy_(train.latent_mean)
@@ -310,6 +312,9 @@ def set_up_stage(stage, args, run, data, lpips, device):
     if stage == 2:
         for p in tokenizer.encoder.never_trains():
             p.requires_grad_(False)
+        if args.lora:
+            seed_torch(args.seed, "lora")
+            add_lora(tokenizer.encoder, args.lora)
     ema = copy.deepcopy(tokenizer).requires_grad_(False).eval() if STAGES[stage]["ema"] else None
 
     encoder_lr = args.encoder_lr if stage == 2 else args.lr
@@ -330,7 +335,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
     recipe |= {k: getattr(args, k) for k in (
         "encoder", "decoder", "d", "disc_ch", "size", "batch_size", "accum", "lr", "seed", "w_p",
         "w_g", "w_sp", "sp_loss", "sp_at", "w_kl", "w_vf", "vf_margins", "disc_start",
-        "ema_decay")}
+        "ema_decay", "lora")}
     if args.model == "vfmvae":
         recipe |= {"dino": args.dino, "w_gan": args.w_gan}
     # VFM-VAE's steps draw from it; a checkpoint keeps its state
@@ -590,6 +595,8 @@ def parse(argv=None):
     add("--sp-loss", choices=["l2", "cosine"], default="l2", help="ablation: cosine")
     add("--sp-at", choices=["adapter", "encoder"], default="adapter",
         help="ablation: L_sp before the adapter")
+    add("--lora", type=count, metavar="RANK",
+        help="ablation, stage 2: of E_p low-rank updates train alone; merged when the stage ends")
     add("--w-kl", type=weight, default=1e-6,
         help="vae, vavae: weight of KL, beside a sum over pixels (default: %(default)s)")
     add("--w-vf", type=weight, default=0.1,
@@ -604,6 +611,9 @@ def parse(argv=None):
     sizes = vfm_vae.VFM_VAES if args.model == "vfmvae" else DECODERS
     if "decoder" in args.given and args.decoder not in sizes:
         raise UserError(f"--decoder {args.decoder}: --model {args.model} has {', '.join(sizes)}")
+    if args.lora and (args.model != "aligntok" or args.stage in ("1", "3")):
+        raise UserError("--lora goes with --stage 2 or all of aligntok: only there the encoder "
+                        "trains")
     args.encoder_given, args.stages = "encoder" in args.given, [1, 2, 3]
     if args.model == "vfmvae":
         return parse_vfmvae(args)
