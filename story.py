@@ -14,7 +14,9 @@ from files import reading, write_atomically
 from runs import step_files
 
 COLUMNS = ["stage", "steps", "images", "rec", "psnr", "ssim", "probe", "probe_tokens"]
-CURVES = {"psnr": ("PSNR, dB", "#0072b2"), "probe": ("linear probe of the latents, %", "#d55e00")}
+CURVES = {  # figure -> title, colour, and how it stands beside a stage's images
+    "psnr": ("PSNR, dB", "#0072b2", "{:.1f} dB"),
+    "probe": ("linear probe of the latents, %", "#d55e00", "probe {:.0f} %")}
 # px, where an image has 128; larger ones scale all of it
 SIDE, GUTTER, GAP, MARGIN, HEIGHT = 128, 108, 4, 28, 290
 WIDTH = GUTTER + 8 * SIDE
@@ -66,12 +68,12 @@ def draw(grids, curves, ends, of):
         picture.paste(strip.resize(size, Image.BICUBIC), (k * GUTTER, k * y))
         lines = [spoken(stage)]
         if stage in ends:
-            lines += [words.format(at[name][ends[stage]]) for name, words in
-                      (("psnr", "{:.1f} dB"), ("probe", "probe {:.0f} %")) if at[name]]
+            lines += [words.format(at[name][ends[stage]]) for name, (_, _, words) in CURVES.items()
+                      if ends[stage] in at[name]]
         text(picture, k, (GUTTER / 2, y + SIDE / 2), "\n".join(lines), "mm")
     curves = {name: curve for name, curve in curves.items() if curve}
     for i, (name, curve) in enumerate(curves.items()):
-        part = chart(*CURVES[name], curve, ends, of, 2 * k).reduce(2)  # smooth lines
+        part = chart(*CURVES[name][:2], curve, ends, of, 2 * k).reduce(2)  # smooth lines
         picture.paste(part, (k * (i * (WIDTH + GAP) // 2), k * top))
     return picture
 
@@ -88,7 +90,7 @@ def chart(title, colour, curve, ends, of, k):
     left, right, up, down = 64, (WIDTH + GAP) // 2 - MARGIN, 64, HEIGHT - 48
     curve = [(x, y) for x, y in curve if math.isfinite(y)] or [(0, 0)]
     low, high = (pick(y for _, y in curve) for pick in (min, max))
-    if "%" in title:
+    if "%" in title:  # else a small loss would look like a fall
         low = 0
     room = max(0.08 * (high - low), 0.5)
     low, high, end = low - room * (low > 0), high + room, max(ends.values())
@@ -107,7 +109,7 @@ def chart(title, colour, curve, ends, of, k):
         at = place(0, y)[1]
         pen.line([k * left, k * at, k * right, k * at], fill="white", width=k)
         text(picture, k, (left - 6, at), f"{y:g}", "rm")
-    for x in ticks(0, end, 6):
+    for x in [x for x in ticks(0, end, 6) if x % 1 == 0]:
         text(picture, k, (place(x, 0)[0], down + 5), f"{x:,.0f}", "ma")
     text(picture, k, ((left + right) / 2, up - 42), title, "mm", colour, 18)
     text(picture, k, ((left + right) / 2, down + 34), of, "mm")

@@ -3047,7 +3047,7 @@ def test_story():
 
     with folder() as d:
         for stage, steps, figures in (("stage1", 10, (9, 50)), ("strong", 30, (20, 60)),
-                                      ("strong", 40, (29, 70)), ("vae", 20, (19, math.nan))):
+                                      ("strong", 40, (29, 70)), ("vae", 30, (19, math.nan))):
             path = d / f"{stage}_step000000{steps}.png"
             Image.new("RGB", (512, 512), "red").save(path)
             with recorded(story, "chart") as charts, patch.object(
@@ -3060,12 +3060,13 @@ def test_story():
                                            (3, 2, 2)).mean(1) for i in (0, 3))
                 assert np.allclose((b - a) / (c - a), (20 / 30, 11 / 20)), "on a linear scale"
                 assert (c - a)[1] < 0 < (c - a)[0], "better is higher, later is to the right"
+        assert points.call_count == 2 + 1, "NaN has no point"
         assert Image.open(d / "story.png").size == (2 * (story.WIDTH + story.GAP), 2 * (
             3 * (k + story.GAP) + story.GAP + story.HEIGHT))
         assert (d / "held_out.csv").read_text().splitlines()[1:] == [
-            "stage1,10,5,,9,,50,", "vae,20,5,,19,,nan,"]
+            "stage1,10,5,,9,,50,", "vae,30,5,,19,,nan,"]
         with recorded(story, "chart") as charts:  # one point, no labels
-            story.tell(d / "vae_step00000020.png", "vae", 5, {"psnr": 7.0, "images": 9})
+            story.tell(d / "vae_step00000030.png", "vae", 5, {"psnr": 7.0, "images": 9})
         assert [call[0][2] for call in charts] == [[(5, 7.0)]]
 
 
