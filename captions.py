@@ -15,6 +15,7 @@ import os
 import re
 import tarfile
 import textwrap
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,33 @@ from files import (
 )
 
 
-def digest(text):
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+def digest(strings):
+    """A short hash of strings, in order."""
+    total = hashlib.sha256()
+    for text in strings:
+        total.update(text.encode("utf-8", "surrogateescape") + b"\0")
+    return total.hexdigest()[:16]
+
+
+class Strings:
+    """Strings as bytes and offsets. A list of 400 million captions takes twice the memory, and a
+    loader's worker would copy what it touches of it."""
+
+    def __init__(self, strings=()):
+        self.bytes, self.ends = bytearray(), array("q", [0])
+        for text in strings:
+            self.append(text)
+
+    def append(self, text):
+        self.bytes += text.encode("utf-8", "surrogateescape")
+        self.ends.append(len(self.bytes))
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        start, end = self.ends[i], self.ends[i + 1]
+        return self.bytes[start:end].decode("utf-8", "surrogateescape")
 
 
 # ---- images with captions
@@ -55,13 +81,13 @@ class CaptionFolder(ImageFolder):
                              (alone, "captions without an image")):
             if names:
                 raise UserError(f"{root} holds {len(names)} {fault}: {shown(names)}")
-        self.captions = [read_caption(text) for text in texts]
+        self.captions = Strings(map(read_caption, texts))
         if empty := [text.name for text, c in zip(texts, self.captions) if not c]:
             raise UserError(f"{root} holds {len(empty)} empty captions: {shown(empty)}")
 
     def subset(self, chosen):
         part = super().subset(chosen)
-        part.captions = [self.captions[i] for i in chosen]
+        part.captions = Strings(self.captions[i] for i in chosen)
         return part
 
 
@@ -88,44 +114,47 @@ class CaptionShards:
         errors = [e for e in tqdm(loader, "reading shards", disable=rank != 0, mininterval=1) if e]
         if errors := [e for part in gather(errors) for e in part]:
             raise UserError(f"{len(errors)} of {len(shards)} shards cannot be used: {errors[0]}")
-        self.samples, broken = [], []  # (shard, name of the image, offset, bytes)
-        self.captions = []
-        for path, kept in todo:
+        self.shards, self.names, self.captions = shards, Strings(), Strings()
+        places, broken = array("q"), []
+        for shard, (path, kept) in enumerate(todo):
             content = json.loads(kept.read_text())
             broken += [f"{path.name}:{name}" for name in content["broken"]]
             for name, offset, size, caption in content["samples"]:
-                self.samples.append((path, name, offset, size))
+                self.names.append(name)
                 self.captions.append(caption)
+                places.extend((shard, offset, size))
+        self.places = np.array(places).reshape(-1, 3)  # shard, offset, bytes of an image
         if broken:
             print_0(f"WARNING: {len(broken)} broken samples are left out: {shown(broken)} (all: "
                     f"{index})")
-        if not self.samples:
+        if not len(self):
             raise UserError(f"no sample in the {len(shards)} shards of {root} is whole")
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.names)
 
     def image(self, i):
-        path, name, offset, size = self.samples[i]
+        shard, offset, size = self.places[i].tolist()
+        path = self.shards[shard]
         with reading(path, "shard"), open(path, "rb") as f:
             f.seek(offset)
             content = f.read(size)
-        return decode(content, name, path)
+        return decode(content, self.names[i], path)
 
     def name(self, i):
-        path, name, _, _ = self.samples[i]
-        return os.fsencode(f"{path.name}:{name}")
+        return os.fsencode(f"{self.shards[self.places[i, 0]].name}:{self.names[i]}")
 
     @property
     def identity(self):
         """A short hash of the list of samples."""
-        return digest("\n".join(f"{path.name}:{name}" for path, name, _, _ in self.samples))
+        return digest(os.fsdecode(self.name(i)) for i in range(len(self)))
 
     def subset(self, chosen):
         """The samples of these indices."""
         part = copy.copy(self)
-        part.samples, part.captions = ([rows[i] for i in chosen]
-                                       for rows in (self.samples, self.captions))
+        part.places = self.places[chosen]
+        part.names, part.captions = (Strings(texts[i] for i in chosen)
+                                     for texts in (self.names, self.captions))
         return part
 
 
@@ -299,25 +328,24 @@ def cached_text(path, encoder, captions, batch_size, overwrite):
     """The rows of all captions, and of the empty prompt as the last one: a read-only memory map
     (n + 1, L*T + P) fp16, encoded once by all ranks. It belongs to one text encoder and these
     captions: any other is refused."""
-    captions = [*captions, ""]
-    recipe = {"text encoder": encoder.identity, "captions": digest("\0".join(captions))}
-    shape = (encoder.L * encoder.T + encoder.P,)
-    array = BatchedArray(path, len(captions), shape, np.float16, recipe, overwrite)
-    if not array.complete:
-        print_0(f"encoding {len(captions) - 1} captions into {path} "
-                f"({len(captions) * shape[0] * 2 / 2 ** 30:.2f} GiB)")
-        bar = tqdm(array.missing(batch_size), "encoding", disable=array.rank != 0, mininterval=1)
-        with array.lock:
+    n, shape = len(captions), (encoder.L * encoder.T + encoder.P,)
+    recipe = {"text encoder": encoder.identity, "captions": digest(captions)}
+    rows = BatchedArray(path, n + 1, shape, np.float16, recipe, overwrite)
+    if not rows.complete:
+        print_0(f"encoding {n} captions into {path} ({(n + 1) * shape[0] * 2 / 2 ** 30:.2f} GiB)")
+        bar = tqdm(rows.missing(batch_size), "encoding", disable=rows.rank != 0, mininterval=1)
+        with rows.lock:
             for batch in bar:
-                rows = encoder([captions[i] for i in batch]).astype(np.float16)
-                if not np.isfinite(rows).all():
+                written = [captions[i] if i < n else "" for i in batch]
+                part = encoder(written).astype(np.float16)
+                if not np.isfinite(part).all():
                     raise UserError(
                         f"a caption of {batch[0]} to {batch[-1]} is not finite in fp16")
-                array.write(batch, rows)
-            array.finish()
+                rows.write(batch, part)
+            rows.finish()
     with reading(path, "cache of captions (delete it to make it anew)"):
         rows = np.load(path, mmap_mode="r")
-        if (rows.shape, rows.dtype) != ((len(captions), *shape), np.float16):
+        if (rows.shape, rows.dtype) != ((n + 1, *shape), np.float16):
             raise ValueError(f"it holds {rows.dtype} {rows.shape}")
     return rows
 

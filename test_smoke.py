@@ -31,6 +31,7 @@ import traceback
 import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +64,7 @@ from baselines import VAE, FluxVAE
 from files import BatchedArray, UserError, load_encoder, load_file, load_tokenizer, save_checkpoint
 from mmdit import MMDITS, MMDiT
 from model import DECODERS, DITS, ENCODERS, DINOv2, LightningDiT, SigLIP, Tokenizer, ViT
-from results import judge
+from results import judge, t2i
 from toy import Shapes
 
 HERE = Path(__file__).resolve().parent
@@ -2099,10 +2100,10 @@ def test_caption_folder():
         for i, path in enumerate(sorted(d.rglob("*.png"))):
             path.with_suffix(".txt").write_text(f" number {i}\n")
         pairs = captions.open_captions(d, d / "index", 0)
-        assert pairs.captions == [f"number {i}" for i in range(4)] and len(pairs) == 4
+        assert [*pairs.captions] == [f"number {i}" for i in range(4)] and len(pairs) == 4
         assert np.array_equal(pairs.image(2), Image.open(d / "class1" / "001.png"))
         part = pairs.subset([3, 2])
-        assert part.captions == ["number 3", "number 2"] and part.labels is None
+        assert [*part.captions] == ["number 3", "number 2"] and part.labels is None
         assert np.array_equal(part.image(1), pairs.image(2)) and part.identity != pairs.identity
         text = d / "class0" / "000.txt"
         for words, change in {
@@ -2140,18 +2141,18 @@ def test_caption_shards():
             shards = captions.open_captions(d, d / "index", 1)
         text = printed.call_args[0][0]
         assert "5 broken samples" in text and all(f"00001.tar:{k}" in text for k in broken), text
-        assert shards.captions == [f"picture {i}" for i in range(6)] and len(shards) == 6
+        assert [*shards.captions] == [f"picture {i}" for i in range(6)] and len(shards) == 6
         for i in range(6):
             assert np.array_equal(shards.image(i), Image.open(io.BytesIO(jpeg(i))))
         with patch.object(captions, "read_shard", side_effect=AssertionError):
             again = captions.CaptionShards(d, d / "index")
-        assert again.samples == shards.samples and again.identity == shards.identity
+        assert np.array_equal(again.places, shards.places) and again.identity == shards.identity
         write_shard(d / "00001.tar", {"00009": whole["00000"]})
         full = OSError(errno.EMFILE, "Too many open files")
         with patch("builtins.open", side_effect=full), refused("Too many open files"):
             shards.image(0)
         part = shards.subset([4, 1])
-        assert part.captions == ["picture 4", "picture 1"] and part.identity != shards.identity
+        assert [*part.captions] == ["picture 4", "picture 1"] and part.identity != shards.identity
         assert part.name(1) == b"00000.tar:00001.jpg"
         changed = captions.CaptionShards(d, d / "index")
         assert len(changed) == 5 and changed.identity != shards.identity
@@ -2159,6 +2160,21 @@ def test_caption_shards():
         (d / "00001.tar").write_bytes(tar[:1500])
         with refused("1 of 2 shards", "00001.tar", "cut off"):
             captions.CaptionShards(d, d / "index")
+
+
+def test_strings():
+    """Any text comes back; 100,000 captions take their bytes and a quarter of it for growth, and no
+    object each."""
+    texts = ["", "a star", "\u00e9t\u00e9 \u2603", os.fsdecode(b"\xff.jpg")]
+    kept = captions.Strings(texts)
+    assert [*kept] == texts and len(kept) == 4 and kept[2] == texts[2]
+    prints = [captions.digest(t) for t in (kept, texts, texts[:2], ["", "a sta", "r"])]
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+    tracemalloc.start()
+    kept = captions.Strings(f"a red star, number {i:06d}" for i in range(100_000))
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 1.25 * 100_000 * (26 + 8), taken
 
 
 def test_words():
@@ -3799,6 +3815,9 @@ def test_train_from_captions():
                              ("--t5 None",): [*ours, "--clip-text", d]}.items():
             with refused(*words), patch.dict(sys.modules, transformers=FakeTransformers):
                 execute(sample, *flags)
+        with refused("trained with another text encoder (words)"), patch.object(
+                captions.Words, "identity", "another"):
+            execute(sample, *ours)
         for words, flags in {("--model XL/1", "2B"): ["--captions", "--model", "XL/1"],
                              ("--model 2B", "XL/1"): ["--model", "2B"],
                              ("--unconditional",): ["--captions", "--unconditional"],
@@ -4960,7 +4979,7 @@ def test_cknna_command():
                 execute(fid, *argv, "--reference", encoder, "--workers", 0)
 
 
-# --------------------------------------------------------------------------------- results/judge.py
+# ------------------------------------------------------------------- results/judge.py, results/t2i.py
 
 def test_judge():
     """EfficientNet-Lite0: its size, TensorFlow's padding, and fid.py's command with it."""
@@ -4989,6 +5008,39 @@ def test_judge():
         assert by_hand > 1e-3 and math.isclose(found["FD-Lite0"], by_hand, rel_tol=1e-6)
         with refused("--lite0 FILE"):
             execute(judge, *refs)
+
+
+def test_t2i_data_and_score():
+    """Names of captions by hand; a sixth of each shape's and each pair's combinations is left out
+    of the shard, and asked for; the judge's answers are counted by hand."""
+    for caption, names in {"a red ring on blue": ("ring", "red", "blue"),
+                           "a dark blue ell on a dark grey ground": ("ell", "dark blue", None),
+                           "a white star on a dark green ground": ("star", "white", "dark green"),
+                           "a grey cross on dark red": ("cross", "grey", "dark red")}.items():
+        if None in names:
+            error_of(t2i.parse, caption, kind=ValueError)
+        else:
+            found = zip(t2i.NAMES.values(), t2i.parse(caption))
+            assert tuple(kind[i] for kind, i in found) == names
+    for colour, ground in itertools.product(t2i.COLOURS, t2i.COLOURS):
+        assert sum(t2i.left_out(f"a {colour} {s} on {ground}") for s in toy.SHAPES) == 2
+    with folder() as d, patch.object(t2i, "Shapes", partial(Shapes, n=48)), patch("builtins.print"):
+        t2i.write_data(d)
+        written, asked = Shapes(n=48).captions, (d / "prompts.txt").read_text().splitlines()
+        shards = captions.open_captions(d, d / "index", 0)
+        assert sorted([*shards.captions, *asked]) == sorted(written) and 2 < len(asked) < 20
+        assert all(map(t2i.left_out, asked)) and not any(map(t2i.left_out, shards.captions))
+        first = next(i for i in range(48) if not t2i.left_out(written[i]))
+        assert np.array_equal(shards.image(0), Shapes(n=48).image(first))
+
+        torch.save(t2i.network().state_dict(), d / "judge.pt")
+        np.savez(d / "s.npz", arr_0=np.zeros((4, 64, 64, 3), np.uint8))
+        answers = torch.zeros(4, 42)  # "ring", "red" on "black", each time
+        answers[:, [1, 12 + 3, 12 + 15]] = 1
+        (d / "p.txt").write_text("a red ring on black\na red star on black\n")
+        with patch.object(torch.nn.Sequential, "forward", lambda *_: answers):
+            assert t2i.score(d / "judge.pt", d / "s.npz", d / "p.txt") == {
+                "images": 4, "shape": 0.5, "colour": 1, "ground": 1, "all": 0.5}
 
 
 # -------------------------------------------------------------------------------------- to run them

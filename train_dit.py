@@ -339,9 +339,9 @@ def set_up_text(args, run, data, device):
     encoder, written = open_text_encoder(args, device), data.captions
     rows = captions.cached_text(args.text_cache or run.out / "text.npy", encoder, written,
                                 args.encode_batch, args.overwrite)
-    recipe = {"text encoder": encoder.identity, "captions": captions.digest("\0".join(written))}
+    recipe = {"text encoder": encoder.identity, "captions": captions.digest(written)}
     return SimpleNamespace(rows=rows, widths={"text": encoder.T, "pooled": encoder.P},
-                           shown=written[:16], recipe=recipe)
+                           shown=[written[i] for i in range(min(16, len(written)))], recipe=recipe)
 
 
 def captioned_grid(s, args, path):
