@@ -4185,7 +4185,8 @@ def test_images_do_not_depend_on_the_batch():
     assert (first[0] - first[1]).abs().max() > 1e-2 * scale  # and it does depend on i
 
     # large ones are decoded a few at once: 2**31 numbers are too many for a GPU's up-sampling
-    still = Mock(side_effect=lambda z, t, y: 0 * z, num_classes=0, arguments={"grid": (128, 128)})
+    still = Mock(side_effect=lambda z, t, y: 0 * z, num_classes=0, extra=0,
+                 arguments={"grid": (128, 128)})
     large = SimpleNamespace(latent_mean=torch.zeros(1), d=1, unnormalize=lambda z: z,
                             decode=Mock(side_effect=lambda z: z))
     images, _ = sample.generate(still, large, np.arange(5), None, 0, [1.0, 0.0])
