@@ -704,7 +704,7 @@ def main(argv=None):
             later = sum(args.steps_of[k] * COSTS.get(k, 1) for k in args.now[i + 1:])
             run.later = later / COSTS.get(stage, 1)
             train_stage(stage, of_stage(args, stage), run, data, held_out, lpips, device)
-    print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
+    print_0(f"done in {(time.time() - began) / 60:.1f} min; story.png, grids and log.csv in {args.out}")
 
 
 if __name__ == "__main__":
