@@ -247,8 +247,11 @@ def labelled(*sets):
     return all(images.labels is not None for images in sets)
 
 
+PROBES = {"probe": "latents", "probe_tokens": "tokens"}
+
+
 @torch.no_grad()
-def validate(tokenizer, train, held_out, args, device, lpips):
+def validate(tokenizer, train, held_out, args, device, lpips, probes=PROBES):
     """Held-out L_rec without its GAN term, PSNR, SSIM; where there are labels, the linear probe of
     the latents (Figure 3) and of the tokens before the adapter. train: the encoded training images
     for the probe, or None. In fp32."""
@@ -263,7 +266,7 @@ def validate(tokenizer, train, held_out, args, device, lpips):
     figures = {k: v / min(args.val_images, len(held_out)) for k, v in sums.items()}
     if train:
         val = encode_images(tokenizer, held_out, args.size, args.val_images, args.workers, device)
-        for name, part in (("probe", "latents"), ("probe_tokens", "tokens")):
+        for name, part in probes.items():
             figures[name] = linear_probe(getattr(train, part), train.labels,
                                          getattr(val, part), val.labels, device)
     return figures
@@ -285,7 +288,7 @@ def show(s, args, data, held_out, device, path):
     if labelled(data, held_out):
         train = encode_images(tokenizer, data, args.size, n, args.workers, device)
     figures = {"images": few.val_images}
-    figures |= validate(tokenizer, train, held_out, few, device, s.lpips)
+    figures |= validate(tokenizer, train, held_out, few, device, s.lpips, {"probe": "latents"})
     story.tell(path, s.prefix, s.steps_before + s.step, figures)
 
 
