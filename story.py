@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from files import reading, write_atomically
 from runs import step_files
 
-COLUMNS = ["stage", "steps", "images", "rec", "psnr", "ssim", "probe", "probe_tokens"]
+COLUMNS = ["stage", "steps", "images", "rec", "psnr", "ssim", "probe"]
 CURVES = {  # figure -> title, colour, and how it stands beside a stage's images
     "psnr": ("PSNR, dB", "#0072b2", "{:.1f} dB"),
     "probe": ("linear probe of the latents, %", "#d55e00", "probe {:.0f} %")}

@@ -249,8 +249,11 @@ def labelled(*sets):
     return all(images.labels is not None for images in sets)
 
 
+PROBES = {"probe": "latents", "probe_tokens": "tokens"}
+
+
 @torch.no_grad()
-def validate(tokenizer, train, held_out, args, device, lpips):
+def validate(tokenizer, train, held_out, args, device, lpips, probes=PROBES):
     """Held-out L_rec without its GAN term, PSNR, SSIM; where there are labels, the linear probe of
     the latents (Figure 3) and of the tokens before the adapter. train: the encoded training images
     for the probe, or None. In fp32."""
@@ -265,7 +268,7 @@ def validate(tokenizer, train, held_out, args, device, lpips):
     figures = {k: v / min(args.val_images, len(held_out)) for k, v in sums.items()}
     if train:
         val = encode_images(tokenizer, held_out, args.size, args.val_images, args.workers, device)
-        for name, part in (("probe", "latents"), ("probe_tokens", "tokens")):
+        for name, part in probes.items():
             figures[name] = linear_probe(getattr(train, part), train.labels,
                                          getattr(val, part), val.labels, device)
     return figures
@@ -287,7 +290,7 @@ def show(s, args, data, held_out, device, path):
     if labelled(data, held_out):
         train = encode_images(tokenizer, data, args.size, n, args.workers, device)
     figures = {"images": few.val_images}
-    figures |= validate(tokenizer, train, held_out, few, device, s.lpips)
+    figures |= validate(tokenizer, train, held_out, few, device, s.lpips, {"probe": "latents"})
     story.tell(path, s.prefix, s.steps_before + s.step, figures)
 
 
@@ -699,7 +702,7 @@ def main(argv=None):
             later = sum(args.steps_of[k] * COSTS.get(k, 1) for k in args.now[i + 1:])
             run.later = later / COSTS.get(stage, 1)
             train_stage(stage, of_stage(args, stage), run, data, held_out, lpips, device)
-    print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
+    print_0(f"done in {(time.time() - began) / 60:.1f} min; story.png, grids and log.csv in {args.out}")
 
 
 if __name__ == "__main__":
