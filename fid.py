@@ -450,7 +450,8 @@ def linear_probe(train_x, train_y, val_x, val_y, device="cpu"):
     train_x, train_y, val_x, val_y = (a.to(device) for a in (train_x, train_y, val_x, val_y))
     mean, std = train_x.mean(0), train_x.std(0, correction=0) + 1e-5
     train_x, val_x = (train_x - mean) / std, (val_x - mean) / std
-    linear = nn.Linear(train_x.shape[1], int(train_y.max()) + 1).to(device)
+    with torch.random.fork_rng([]):  # from which it would draw weights
+        linear = nn.Linear(train_x.shape[1], int(train_y.max()) + 1).to(device)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     optimiser = torch.optim.LBFGS(linear.parameters(), max_iter=200, history_size=10,

@@ -150,7 +150,8 @@ def load_file(path, kind="checkpoint"):
                 raise UserError(f"{path} is a safetensors file, which takes the package of that "
                                 "name: pip install safetensors") from None
             return load_safetensors(path)
-        if zipfile.is_zipfile(f):
+        mapped = zipfile.is_zipfile(f)
+        if mapped:
             with zipfile.ZipFile(f) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
                 if unpacked > os.path.getsize(path):  # torch.save does not compress
@@ -159,9 +160,9 @@ def load_file(path, kind="checkpoint"):
                     raise ValueError(f"the CRC of {damaged} differs")
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     raise ValueError("TorchScript, as OpenAI's CLIP: a program, which is never run")
-        f.seek(0)
-        try:
-            content = torch.load(f, map_location="cpu", weights_only=True)
+        try:  # mapped: no copy in memory, and all ranks share its pages
+            content = torch.load(os.fspath(path), map_location="cpu", weights_only=True,
+                                 mmap=mapped)
         except pickle.UnpicklingError:  # torch's text advises to run it
             raise ValueError("not only tensors, numbers and strings; nothing else is ever "
                              "loaded") from None

@@ -928,7 +928,8 @@ ENCODERS = {
 
 # Arguments of Decoder, and of the baselines' Encoder, but d.
 DECODERS = {
-    "tiny": {"ch": 32, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 1},
+    "tiny": {"ch": 16, "ch_mult": [1, 1, 2, 4, 8], "num_res_blocks": 1},
+    "small": {"ch": 32, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 1},  # of the miniature
     # decoder 41,417,603 parameters, encoder 28,413,248
     "vavae": {"ch": 128, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2},
 }

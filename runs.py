@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -155,13 +156,17 @@ def make_fast(model, args, device, *more):
     more: classes that are blocks for --checkpointing, too."""
     blocks = [part for part in model.modules()
               if isinstance(part, (Block, SigLIPBlock, ResnetBlock, DiTBlock, *more))]
-    if args.compile if args.compile is not None else device.type == "cuda":
+    if compiles(args, device):
         compile_parts([(block, "forward") for block in blocks] if args.checkpointing
                       else model.compiled())
     elif device.type == "cpu":
         fast_weight_gradients(model)
     if args.checkpointing:
         checkpoint_activations(blocks)
+
+
+def compiles(args, device):
+    return device.type == "cuda" if args.compile is None else args.compile
 
 
 def compile_parts(parts):
@@ -250,6 +255,7 @@ class Run:
     def __init__(self, out, rank, columns):
         self.out, self.rank, self.columns = Path(out), rank, columns
         self.stopping = self.deferring = False
+        self.later = 0  # steps of the command after the present stage, as long as its own
         self.lock, self.good, self.parent = contextlib.ExitStack(), {}, os.getppid()
         if rank == 0:
             try:
@@ -372,6 +378,7 @@ class Run:
                    mininterval=1)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
         self.defer_signals(True)
+        began, first = time.monotonic(), s.step
         while s.step < s.steps:
             yield
             s.step += 1
@@ -380,7 +387,11 @@ class Run:
                 s.meter.check(self, s.prefix)
                 figures = row()
                 self.log(figures)
-                bar.set_postfix({k: f"{figures[k]:.3g}" for k in s.shown if k in figures})
+                shown = {k: f"{figures[k]:.3g}" for k in s.shown if k in figures}
+                if self.later:
+                    left = s.steps - s.step + self.later
+                    shown["all stages"] = time_left(began, s.step - first, left)
+                bar.set_postfix(shown)
                 if s.step % args.log_every == 0:
                     s.meter.reset()
             if due(s.step, args.grid_every, s.steps) and self.rank == 0:
@@ -436,6 +447,11 @@ def step_files(folder, prefix, suffix):
     names = os.listdir(folder) if os.path.isdir(folder) else []
     form = re.compile(rf"{prefix}_step\d{{8,}}\.{suffix}")
     return [Path(folder, name) for name in sorted(names) if form.fullmatch(name)]
+
+
+def time_left(began, done, left):
+    """How long `left` steps take at the rate of the `done` ones since `began` (time.monotonic)."""
+    return tqdm.format_interval((time.monotonic() - began) / done * left) + " left"
 
 
 def due(step, every, steps):
@@ -507,6 +523,7 @@ def load_optimiser(optimiser, state):
             moments[name] = torch.empty_like(p, requires_grad=False).copy_(moments[name])
         if moments["step"].shape != ():
             raise ValueError("the optimiser's count of steps is not one number")
+        moments["step"] = moments["step"].clone()  # nothing of a mapped file stays
 
 
 def check_weights(module, run, prefix):
@@ -581,8 +598,6 @@ class Parser(argparse.ArgumentParser):
         add("--size", type=count,
             help="image side in px, divisible by 16 (train_dit.py: default the tokenizer's)")
         add("--workers", type=index, help="loader processes per rank")
-        add("--compile", action=argparse.BooleanOptionalAction,
-            help="torch.compile the blocks (default: on GPUs)")
         add("--checkpointing", action="store_true",
             help="recompute activations: less memory, slower")
         for flag in ("--log-every", "--save-every", "--grid-every"):
@@ -595,6 +610,8 @@ class Parser(argparse.ArgumentParser):
         add("--preset", choices=presets, default="paper", help="default: %(default)s")
         add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
             help="of autocast; auto: bf16 where it is native")
+        add("--compile", action=argparse.BooleanOptionalAction,
+            help="torch.compile the blocks (default: on GPUs)")
         args = self.parse_args(argv)
         preset = presets[args.preset]
         args.given = {name for name in preset if getattr(args, name, None) is not None}

@@ -418,6 +418,8 @@ def main(argv=None):
     prompts, text = encode_prompts(args, model, learned, device)
     model.to(device)
     tokenizer.to(device)
+    if runs.compiles(args, device):
+        runs.compile_parts(model.compiled())
     labels = choose_labels(args.labels, model.num_classes, args.num, args.seed, names)
     dtype, times = runs.autocast_dtype(args.dtype, device), time_grid(args.steps, args.shift)
     guidance = {"cfg": args.cfg, "interval": args.cfg_interval, "channels": args.cfg_channels,

@@ -2,6 +2,7 @@
 the fly, and a small encoder that stands in for DINOv2.
 """
 import colorsys
+import time
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from data import Crops, ShuffledBatches, batches, rng, to_pixels
 from files import UserError, check_same, load_encoder, load_file, save_checkpoint
 from model import ENCODERS, DINOv2
-from runs import autocast, autocast_dtype, barrier
+from runs import autocast, autocast_dtype, barrier, time_left
 
 
 def _ngon(n, inner=None):
@@ -145,8 +146,9 @@ def open_shapes(val, size, val_images):
 
 # ---- the stand-in encoder
 
-def pretrain_encoder(encoder, data, args, device):
+def pretrain_encoder(encoder, data, args, device, later=0):
     """Trains a small encoder on the labels for a minute: a STAND-IN for a foundation encoder.
+    later: steps of stage 1 after it, for the bar.
 
     Mean patch token, one linear layer, cross-entropy. The colour channels are permuted at random
     (DINOv2's augmentations are gentler): the features learn shapes and not colours. That is the gap
@@ -162,7 +164,10 @@ def pretrain_encoder(encoder, data, args, device):
     crops = Crops(data, args.size, (args.seed, "pretrain crop"))
     stream = batches(crops, order, args.workers, device)
     dtype = autocast_dtype(args.dtype, device)
-    for step in tqdm(range(args.pretrain_steps), "stand-in pretraining", mininterval=1):
+    later *= 5 * args.batch_size / 64  # an image takes about five times as long there
+    bar = tqdm(range(args.pretrain_steps), "stand-in pretraining", mininterval=1)
+    began = time.monotonic()
+    for step in bar:
         x, y = next(stream)
         x = x[:, rng(args.seed, "pretrain colour", step).permutation(3).tolist()]
         with autocast(device, dtype):
@@ -172,6 +177,9 @@ def pretrain_encoder(encoder, data, args, device):
         loss.backward()
         optimiser.step()
         schedule.step()
+        if (step + 1) % args.log_every == 0:
+            left = args.pretrain_steps - step - 1 + later
+            bar.set_postfix({"all stages": time_left(began, step + 1, left)})
     accuracy = (logits.argmax(1) == y).float().mean()
     print(f"stand-in pretraining: last batch loss {loss.item():.3f}, accuracy {accuracy:.1%}")
 
@@ -191,7 +199,8 @@ def stand_in_encoder(args, data, run, device):
               "on the labels; its figures say nothing about DINOv2.")
         torch.manual_seed(args.seed)
         encoder = DINOv2(**ENCODERS["tiny14"])
-        pretrain_encoder(encoder, data, args, device)
+        later = args.steps_of[args.now[0]] + run.later
+        pretrain_encoder(encoder, data, args, device, later)
         # the layout of DINOv2's own training checkpoints
         state = {f"backbone.{k}": v for k, v in encoder.state_dict().items()}
         save_checkpoint(path, {"teacher": state, "recipe": recipe})

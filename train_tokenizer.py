@@ -11,7 +11,8 @@ Eight GPUs, stage 2:        torchrun --standalone --nproc_per_node 8 train_token
 
 A run is a folder, runs/tokenizer: stage{1,2,3}.pt (each a whole tokenizer), the last two
 stage*_step*.pt of each stage (they resume), log.csv, PNG grids (originals above, reconstructions
-below). The same command resumes it. The paper's baselines, --model vae and --model vavae, are one
+below), and story.png: what each stage reconstructs, with curves of held-out PSNR and probe (their
+figures: held_out.csv). The same command resumes it. The paper's baselines, --model vae and --model vavae, are one
 stage each; their result is vae.pt or vavae.pt. --model vfmvae, the other system, has four stages,
 strong, weak, ssim and patchgan (vfm_vae.STAGES), with a checkpoint of that name each.
 
@@ -20,6 +21,7 @@ Choices where the paper is silent: README, "Choices".
 Legend: B batch, H W image sides, N tokens, D width, d latent channels, h w latent sides.
 """
 import copy
+import math
 import operator
 import time
 from functools import partial
@@ -31,6 +33,7 @@ import torch
 import baselines
 import losses
 import runs
+import story
 import toy
 import vfm_vae
 from data import (
@@ -80,6 +83,7 @@ STAGES = {
 }
 STAGES |= {name: {"name": "VFM-VAE", "reference": False, "ema": True} | row
            for name, row in vfm_vae.STAGES.items()}
+COSTS = {2: 1.4, 3: 1.2}  # a step's time beside stage 1's, about: for the bar that foretells the end
 LATENTS_STAY = (3, "ssim", "patchgan")  # only the decoder trains
 
 
@@ -183,7 +187,7 @@ def train_stage(stage, args, run, data, held_out, lpips, device):
         warn_of_gan(s, figures)
         return {"stage": s.number, "step": s.step} | figures
 
-    draw = partial(reconstruction_grid, s.ema or s.tokenizer, held_out, args, device)
+    draw = partial(show, s, args, data, held_out, device)
     for _ in run.steps(s, args, row, draw):
         gan = args.w_g > 0 and s.steps_before + s.step >= args.disc_start
         for micro in range(args.accum):
@@ -227,8 +231,7 @@ def finish_stage(s, args, data, held_out, device, path):
     if s.stage not in LATENTS_STAY:  # else they keep the statistics of the stage before
         result.latent_mean.copy_(train.latent_mean)
         result.latent_std.copy_(train.latent_std)
-    labelled = data.labels is not None and held_out.labels is not None
-    probe_on = train if labelled else None
+    probe_on = train if labelled(data, held_out) else None
     figures = validate(result, probe_on, held_out, args, device, s.lpips)
     n = min(args.val_images, len(held_out))
     print(f"{path.stem} on {n} held-out images: " + ", ".join(
@@ -240,6 +243,10 @@ def finish_stage(s, args, data, held_out, device, path):
         "discriminator": s.discriminator.state_dict(), "opt_d": s.opt_d.state_dict(),
         "validation": figures})
     print(f"saved {path}")
+
+
+def labelled(*sets):
+    return all(images.labels is not None for images in sets)
 
 
 @torch.no_grad()
@@ -266,10 +273,22 @@ def validate(tokenizer, train, held_out, args, device, lpips):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # its dtype and batch would be compiled for little
-def reconstruction_grid(tokenizer, held_out, args, device, path):
+def show(s, args, data, held_out, device, path):
+    """On the way: a grid at `path`; beside it story.png, with figures that cost little: of a
+    quarter of the held-out images, with a probe of a sixteenth of the training images."""
+    tokenizer = s.ema or s.tokenizer
     order = in_order(min(8, len(held_out)), 8)
     x, _ = next(batches(Crops(held_out, args.size), order, 0, device))
     save_grid([x, tokenizer.decode(tokenizer.encode(x))], path)
+
+    few = copy.copy(args)
+    few.val_images = math.ceil(min(args.val_images, len(held_out)) / 4)
+    train, n = None, math.ceil(args.encode_images / 16)
+    if labelled(data, held_out):
+        train = encode_images(tokenizer, data, args.size, n, args.workers, device)
+    figures = {"images": few.val_images}
+    figures |= validate(tokenizer, train, held_out, few, device, s.lpips)
+    story.tell(path, s.prefix, s.steps_before + s.step, figures)
 
 
 # ---- setting up a stage
@@ -306,7 +325,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
     opt_g = torch.optim.Adam(groups, betas=betas, fused=True)
     opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=betas, fused=True)
     if start.opt_d:
-        opt_d.load_state_dict(start.opt_d)
+        runs.load_optimiser(opt_d, start.opt_d)
         opt_d.param_groups[0]["lr"] = args.lr  # the state has that of the stage before
 
     dtype = runs.autocast_dtype(args.dtype, device)
@@ -527,9 +546,9 @@ def resume_stage(s, args, run):
 PRESETS = {
     "tiny": {
         "size": 64, "encoder": "tiny14", "decoder": "tiny", "disc_ch": 16, "data": "shapes",
-        "steps": (250, 300, 150), "batch_size": 32, "lr": 1e-3, "w_p": 0.0, "disc_start": 250,
+        "steps": (250, 300, 150), "batch_size": 24, "lr": 1e-3, "w_p": 0.0, "disc_start": 250,
         "ema_decay": 0.98, "workers": 0, "log_every": 25, "save_every": 100, "grid_every": 100,
-        "val_images": 512, "encode_images": 4096, "pretrain_steps": 500, "dino": None},
+        "val_images": 512, "encode_images": 4096, "pretrain_steps": 400, "dino": None},
     "paper": {
         "size": 256, "encoder": "vitl14", "decoder": "vavae", "disc_ch": 64,
         "data": "data/imagenet/train", "steps": (100_000, 200_000, 100_000), "batch_size": 256,
@@ -565,6 +584,7 @@ def parse(argv=None):
              "...; or a file of a DINOv2, MAE, DINO v1 or SigLIP2, or random:NAME")
     add("--dino", help="vfmvae: DINO's ViT-S/16 for the discriminator, official, a file or random; "
                        "none: a PatchGAN in its place")
+    add("--decoder", help=f"its size: {', '.join(DECODERS)}; vfmvae: {', '.join(vfm_vae.VFM_VAES)}")
     add("--d", type=count, default=32, help="latent channels (default: %(default)s)")
     add("--vgg16", help="torchvision's VGG16 file, for L_perceptual")
     add("--lpips-heads", help="LPIPS v0.1 VGG heads, for L_perceptual")
@@ -591,6 +611,9 @@ def parse(argv=None):
     if args.lora and (args.model != "aligntok" or args.stage in ("1", "3")):
         raise UserError("--lora goes with --stage 2 or all of aligntok: only there the encoder "
                         "trains")
+    sizes = vfm_vae.VFM_VAES if args.model == "vfmvae" else DECODERS
+    if "decoder" in args.given and args.decoder not in sizes:
+        raise UserError(f"--decoder {args.decoder}: --model {args.model} has {', '.join(sizes)}")
     args.encoder_given, args.stages = "encoder" in args.given, [1, 2, 3]
     if args.model == "vfmvae":
         return parse_vfmvae(args)
@@ -663,6 +686,8 @@ def main(argv=None):
     if args.w_p is None or args.w_p > 0:
         with runs.rank_0_first():
             lpips = load_lpips(args.vgg16, args.lpips_heads)[0].to(device)
+        if runs.compiles(args, device):
+            runs.compile_parts([(lpips, "distance")])
     elif args.preset == "tiny":
         print_0("w_p = 0: no perceptual loss (it takes --vgg16 and --lpips-heads)")
     began = time.time()
@@ -670,7 +695,9 @@ def main(argv=None):
     with runs.Run(args.out, args.rank, columns) as run:
         if args.check_data or args.skip_unreadable:
             data, held_out = check_images([data, held_out], args, args.rank, args.world)
-        for stage in args.now:
+        for i, stage in enumerate(args.now):
+            later = sum(args.steps_of[k] * COSTS.get(k, 1) for k in args.now[i + 1:])
+            run.later = later / COSTS.get(stage, 1)
             train_stage(stage, of_stage(args, stage), run, data, held_out, lpips, device)
     print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
 
