@@ -1713,6 +1713,9 @@ def test_vfm_vae_encodes():
         last = dino((small - dino.pixel_mean) / dino.pixel_std)[1]
         assert torch.allclose(tok.features(x)[..., 128:], last, atol=1e-4)
         assert tok.encode(x).shape == (2, 8, 4, 8)
+    mae = small_vfm(1, {"mae": {"dim": 64, "depth": 2, "grid": 4}}, layers=(0, 1, -1))
+    last = mae.vfm_encoder.encoder["vision_model"].features(x)
+    assert torch.allclose(mae.features(x)[..., 128:], last, atol=1e-4)
 
 
 def test_vfm_vae_decodes():
