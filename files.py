@@ -665,6 +665,8 @@ def load_encoder(spec):
         found = encoder_arguments(family, state)
     if arguments is not None and any(found.get(k) != v for k, v in arguments.items()):
         raise UserError(f"{path} is not a {name}: found {found}")
+    if family != "dinov2":
+        print_0(f"{path} is taken for an encoder of the family {family}")
     return build(make_encoder, found, state, path), found
 
 

@@ -25,18 +25,23 @@ from model import LightningDiT
 W_ALIGN, W_CLASS = 0.5, 0.03
 
 
+def extra_channels(arguments):
+    """Of a generator's arguments: in so many channels REG's class token lies behind the latents
+    while sample.py integrates both, filled up with numbers that nothing reads."""
+    if arguments.get("align") != "reg":
+        return 0
+    H, W = arguments["grid"]
+    return math.ceil(arguments["width"] / (H * W))
+
+
 class AlignedDiT(LightningDiT):
     """align: "repa" or "reg"; width: F; projector: whether it is there, for training; sizes:
-    arguments of LightningDiT.
-
-    extra: the channels (B, extra, H, W) in which REG's class token lies behind the latents while
-    sample.py integrates both, filled up with numbers that nothing reads."""
+    arguments of LightningDiT."""
 
     def __init__(self, align, width, projector=True, **sizes):
         super().__init__(**sizes)
         self.arguments |= {"align": align, "width": width}
-        H, W = self.arguments["grid"]
-        self.width, self.extra = width, math.ceil(width / (H * W)) if align == "reg" else 0
+        self.width, self.extra = width, extra_channels(self.arguments)
         self.tap = max(1, round(len(self.blocks) * 8 / 28))
         if projector:
             hidden = min(2048, 4 * self.dim)

@@ -126,8 +126,8 @@ def generate(model, tokenizer, indices, labels, seed, times, method="euler", dty
     of k prompts and of the empty one (see captions.py); image i is of prompt i mod k. guidance:
     arguments of Velocity."""
     device = tokenizer.latent_mean.device
-    # REG's class token is drawn in channels behind the latents
-    shape = (tokenizer.d + getattr(model, "extra", 0), *model.arguments["grid"])
+    channels = tokenizer.d + repa.extra_channels(model.arguments)
+    shape = (channels, *model.arguments["grid"])
     # a generator for each image: its noise is the same in any batch
     z1 = np.stack([rng(seed, "noise", int(i)).standard_normal(shape, np.float32) for i in indices])
     y = None if labels is None else torch.from_numpy(labels[indices].astype(np.int64)).to(device)

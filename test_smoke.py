@@ -527,8 +527,8 @@ def test_plain_vit():
         dino.load_state_dict(vit.state_dict(), strict=False)
         x = torch.randn(2, 3, 42, 42)
         assert all(map(torch.equal, vit(x), dino(x)))
-        assert {p is vit.pos_embed for p in vit.parameters() if not p.requires_grad} == (
-            {True} if fixed else set())
+        assert [p is vit.pos_embed for p in vit.never_trains()] == [True] * fixed
+        assert vit.pos_embed.requires_grad != fixed
     embedding = vit.pos_embed[0].view(10, 4, 32)
     angle = 2 / 10000 ** (5 / 32)  # patch 5 of 3 x 3: row 1, column 2
     values = [math.sin(angle), math.cos(angle), math.sin(angle / 2), math.cos(angle / 2)]
@@ -551,6 +551,9 @@ def test_siglip():
     hidden = F.gelu(head.mlp.fc1(head.layernorm(y)), approximate="tanh")
     assert torch.allclose(vector, y + head.mlp.fc2(hidden), atol=1e-4)
     assert tokens.shape == (2, 6, 64) and torch.equal(net.features(x), net(net.prepared(x))[1])
+    net.features(x).square().sum().backward()
+    idle = {id(p) for p in net.parameters() if p.grad is None}  # DDP would wait for these
+    assert idle == {id(p) for p in net.never_trains()} == {id(p) for p in head.parameters()}
 
 
 def test_convolutional_parts():
@@ -1711,6 +1714,9 @@ def test_vfm_vae_encodes():
         last = dino((small - dino.pixel_mean) / dino.pixel_std)[1]
         assert torch.allclose(tok.features(x)[..., 128:], last, atol=1e-4)
         assert tok.encode(x).shape == (2, 8, 4, 8)
+    mae = small_vfm(1, {"mae": {"dim": 64, "depth": 2, "grid": 4}}, layers=(0, 1, -1))
+    last = mae.vfm_encoder.encoder["vision_model"].features(x)
+    assert torch.allclose(mae.features(x)[..., 128:], last, atol=1e-4)
 
 
 def test_vfm_vae_decodes():
@@ -3035,6 +3041,52 @@ def test_stages_on_other_encoders():
             assert calls[0][0][0].shape == (1, 3, 48, 64)
 
 
+def test_lora():
+    """--lora: stage 2 trains two factors of each linear map in E_p's blocks and nothing else of it;
+    step 0 is stage 1; an exact resume; the result, merged, is an ordinary tokenizer."""
+    tok, x = small_tokenizer(), torch.rand(2, 3, 32, 32) * 2 - 1
+    begin, before = copy.deepcopy(tok.state_dict()), tok.encode(x)
+    model.add_lora(tok.encoder, 2)
+    assert torch.equal(tok.encode(x), before), "B is zero"
+    factors = {k: p for k, p in tok.encoder.named_parameters() if p.requires_grad}
+    assert factors.keys() == {f"blocks.0.{m}.{k}" for k in "AB" for m in (
+        "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    random_weights(tok)
+    A, B = (factors[f"blocks.0.attn.qkv.{k}"].detach() for k in "AB")
+    assert A.shape == (2, 64) and B.shape == (192, 2)
+    with torch.no_grad():
+        unmerged, by_hand = tok.encode(x), begin["encoder.blocks.0.attn.qkv.weight"] + B @ A
+    model.merge_lora(tok.encoder)
+    with torch.no_grad():
+        assert (tok.encode(x) - unmerged).abs().max() <= 1e-5 * unmerged.abs().max()
+    assert torch.allclose(tok.encoder.blocks[0].attn.qkv.weight, by_hand, atol=1e-6)
+    assert tok.state_dict().keys() == begin.keys()
+    assert not torch.allclose(unmerged, before, atol=1e-2)
+
+    with patch.object(tt, "linear_probe", lambda *_: 0), folder() as d:
+        flags = [*SMALL, "--stage", 2, "--init", small_run() / "stage1.pt", "--lora", 3]
+        execute(tt, *flags, "--steps", 3, "--out", d / "a")
+        for steps in (1, 3):
+            execute(tt, *flags, "--steps", steps, "--save-every", 1, "--out", d / "b")
+        assert same(*(load_file(d / out / "stage2.pt") for out in "ab")) is None
+        steps = [load_file(d / "b" / f"stage2_step{n:08d}.pt") for n in (2, 3)]
+        moved = {k for k, v in steps[1]["tokenizer"].items()
+                 if "encoder." in k and not torch.equal(v, steps[0]["tokenizer"][k])}
+        assert len(moved) == 2 * 4 * 4 and all(k[-2:] in (".A", ".B") for k in moved), moved
+        one, two = load_tokenizer(small_run() / "stage1.pt"), load_tokenizer(d / "a" / "stage2.pt")
+        ema = steps[1]["ema"]
+        for k, v in two.encoder.state_dict().items():
+            name = f"encoder.{k.removesuffix('weight')}"
+            delta = ema[f"{name}B"] @ ema[f"{name}A"] if f"{name}A" in ema else 0 * v
+            moved = v - one.encoder.state_dict()[k]
+            assert torch.allclose(moved, delta, atol=1e-7), k
+        with refused("lora 3 -> None"):
+            execute(tt, *flags[:-2], "--steps", 4, "--out", d / "b")
+        for more in (["--stage", 1], ["--stage", 3], ["--model", "vae"], ["--model", "vfmvae"]):
+            with refused("--lora goes with --stage 2"):
+                execute(tt, *SMALL, "--lora", 3, *more, "--out", d / "none")
+
+
 def test_story():
     """Rows: originals, then each stage's last grid. Curves: held-out figures of the result on a
     quarter of the images, with a probe of a sixteenth of the training ones. held_out.csv holds
@@ -3085,52 +3137,6 @@ def test_story():
         with recorded(story, "chart") as charts:  # one point, no labels
             story.tell(d / "vae_step00000030.png", "vae", 5, {"psnr": 7.0, "images": 9})
         assert [call[0][2] for call in charts] == [[(5, 7.0)]]
-
-
-def test_lora():
-    """--lora: stage 2 trains two factors of each linear map in E_p's blocks and nothing else of it;
-    step 0 is stage 1; an exact resume; the result, merged, is an ordinary tokenizer."""
-    tok, x = small_tokenizer(), torch.rand(2, 3, 32, 32) * 2 - 1
-    begin, before = copy.deepcopy(tok.state_dict()), tok.encode(x)
-    model.add_lora(tok.encoder, 2)
-    assert torch.equal(tok.encode(x), before), "B is zero"
-    factors = {k: p for k, p in tok.encoder.named_parameters() if p.requires_grad}
-    assert factors.keys() == {f"blocks.0.{m}.{k}" for k in "AB" for m in (
-        "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-    random_weights(tok)
-    A, B = (factors[f"blocks.0.attn.qkv.{k}"].detach() for k in "AB")
-    assert A.shape == (2, 64) and B.shape == (192, 2)
-    with torch.no_grad():
-        unmerged, by_hand = tok.encode(x), begin["encoder.blocks.0.attn.qkv.weight"] + B @ A
-    model.merge_lora(tok.encoder)
-    with torch.no_grad():
-        assert (tok.encode(x) - unmerged).abs().max() <= 1e-5 * unmerged.abs().max()
-    assert torch.allclose(tok.encoder.blocks[0].attn.qkv.weight, by_hand, atol=1e-6)
-    assert tok.state_dict().keys() == begin.keys()
-    assert not torch.allclose(unmerged, before, atol=1e-2)
-
-    with patch.object(tt, "linear_probe", lambda *_: 0), folder() as d:
-        flags = [*SMALL, "--stage", 2, "--init", small_run() / "stage1.pt", "--lora", 3]
-        execute(tt, *flags, "--steps", 3, "--out", d / "a")
-        for steps in (1, 3):
-            execute(tt, *flags, "--steps", steps, "--save-every", 1, "--out", d / "b")
-        assert same(*(load_file(d / out / "stage2.pt") for out in "ab")) is None
-        steps = [load_file(d / "b" / f"stage2_step{n:08d}.pt") for n in (2, 3)]
-        moved = {k for k, v in steps[1]["tokenizer"].items()
-                 if "encoder." in k and not torch.equal(v, steps[0]["tokenizer"][k])}
-        assert len(moved) == 2 * 4 * 4 and all(k[-2:] in (".A", ".B") for k in moved), moved
-        one, two = load_tokenizer(small_run() / "stage1.pt"), load_tokenizer(d / "a" / "stage2.pt")
-        ema = steps[1]["ema"]
-        for k, v in two.encoder.state_dict().items():
-            name = f"encoder.{k.removesuffix('weight')}"
-            delta = ema[f"{name}B"] @ ema[f"{name}A"] if f"{name}A" in ema else 0 * v
-            moved = v - one.encoder.state_dict()[k]
-            assert torch.allclose(moved, delta, atol=1e-7), k
-        with refused("lora 3 -> None"):
-            execute(tt, *flags[:-2], "--steps", 4, "--out", d / "b")
-        for more in (["--stage", 1], ["--stage", 3], ["--model", "vae"], ["--model", "vfmvae"]):
-            with refused("--lora goes with --stage 2"):
-                execute(tt, *SMALL, "--lora", 3, *more, "--out", d / "none")
 
 
 def test_discriminator_starts_once():
