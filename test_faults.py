@@ -1304,7 +1304,7 @@ def slow_ranks_share_the_list():
         complete(*dit, "--data", d / "data", "--skip-unreadable", "--out", d / "out", ranks=2)
         assert (d / "out" / "dit_step00000001.pt").exists()
         second = Path(write_shards(d / "shards", 24)) / "00001.tar"
-        second.write_bytes(second.read_bytes()[:-1000])
+        second.write_bytes(second.read_bytes()[:9000])
         for words, flags in (("data folder not found", ["--data", d / "nowhere"]),
                              ("00001.tar is cut off", ["--captions", "--data", d / "shards"])):
             process = start(*dit, *flags, "--out", d / "b", ranks=2)

@@ -2157,9 +2157,11 @@ def test_caption_shards():
         full = OSError(errno.EMFILE, "Too many open files")
         with patch("builtins.open", side_effect=full), refused("Too many open files"):
             shards.image(0)
-        part = shards.subset([4, 1])
-        assert [*part.captions] == ["picture 4", "picture 1"] and part.identity != shards.identity
+        part = shards.subset([4, 1, 0])
+        assert [*part.captions] == [f"picture {i}" for i in (4, 1, 0)]
+        assert part.identity != shards.identity
         assert part.name(1) == b"00000.tar:00001.jpg"
+        assert np.array_equal(part.image(2), Image.open(io.BytesIO(jpeg(0))))
         changed = captions.CaptionShards(d, d / "index")
         assert len(changed) == 5 and changed.identity != shards.identity
         tar = (d / "00001.tar").read_bytes()
@@ -4987,7 +4989,7 @@ def test_cknna_command():
                 execute(fid, *argv, "--reference", encoder, "--workers", 0)
 
 
-# ------------------------------------------------------------------- results/judge.py, results/t2i.py
+# ------------------------------------------------------------------ results/judge.py, results/t2i.py
 
 def test_judge():
     """EfficientNet-Lite0: its size, TensorFlow's padding, and fid.py's command with it."""
@@ -5045,7 +5047,7 @@ def test_t2i_data_and_score():
         np.savez(d / "s.npz", arr_0=np.zeros((4, 64, 64, 3), np.uint8))
         answers = torch.zeros(4, 42)  # "ring", "red" on "black", each time
         answers[:, [1, 12 + 3, 12 + 15]] = 1
-        (d / "p.txt").write_text("a red ring on black\na red star on black\n")
+        (d / "p.txt").write_text("a red ring on black\n" + 2 * "a red star on black\n")
         with patch.object(torch.nn.Sequential, "forward", lambda *_: answers):
             assert t2i.score(d / "judge.pt", d / "s.npz", d / "p.txt") == {
                 "images": 4, "shape": 0.5, "colour": 1, "ground": 1, "all": 0.5}

@@ -1,13 +1,13 @@
 """Text to image on the built-in shapes: does a generator draw combinations of shape, colour and
 ground that it has never seen? results/t2i.sh runs it all.
 
-    python results/t2i.py data FOLDER       training shards; prompts.txt, which names what is left out
-    python results/t2i.py judge FILE        trains a classifier on shapes of its own
-    python results/t2i.py score FILE SAMPLES.npz PROMPTS       what it calls drawn pictures
-    python results/t2i.py recon FILE CKPT                      ... and what a tokenizer reconstructs
+    python results/t2i.py data FOLDER          a shard to train on; prompts.txt asks for the rest
+    python results/t2i.py judge FILE           trains a classifier, on shapes of its own
+    python results/t2i.py score FILE NPZ PROMPTS   what it calls drawn pictures
+    python results/t2i.py recon FILE CKPT      what it calls a tokenizer's reconstructions
 
-Left out is every sixth combination: each shape, each colour and nearly each pair of colours is seen,
-but a sixth of its combinations is not.
+Left out of the training is a sixth of all combinations: a sixth of each shape's, and two of twelve
+of each pair of colours.
 
 Legend: B batch, C names of all kinds.
 """
