@@ -1804,6 +1804,10 @@ def test_vfm_vae_equivariance():
     shrunk = F.interpolate(x, (64, 64), mode="bilinear", antialias=True)
     recon = tok(x, noise, 0.5, 0, True)[0]
     assert torch.allclose(recon, tok.decode(tok.encode(shrunk, noise[..., :4, :4])), atol=1e-4)
+    one = small_vfm(scale=1)
+    one.vfm_encoder.mode = "bicubic"  # DINOv2's, but not in this branch
+    recon = one(x, noise, 0.5, 0, True)[0]
+    assert torch.allclose(recon, one.decode(one.encode(shrunk, noise[..., :4, :4])), atol=1e-4)
     target = vfm_vae.transformed(x, vfm_vae.Transform(0.5, 1, False), "bilinear")
     assert torch.equal(target, torch.stack([shrunk[:, :, 63 - j] for j in range(64)], 3))
 

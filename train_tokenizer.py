@@ -93,7 +93,8 @@ def aligntok_objective(s, args, x):
     training_step calls.
 
     The terms are a dict, name -> (weight, value). A weight None means: only logged. With (weight,
-    value, layer, limit) the weight is multiplied by the adaptive weight at that layer."""
+    value, layer, limit, beside) the weight is multiplied by the adaptive weight at that layer, of
+    L_rec and what is added to it beside (losses.adaptive_weight)."""
     recon, z0, tokens = s.ddp_tokenizer(x)  # D(z0), z0 = A(E_p(x)) (B, d, h, w), E_p(x) (B, N, D)
     if s.reference is None:
         return x, recon, {}

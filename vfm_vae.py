@@ -8,8 +8,11 @@ and the decoder learns to paint from its features.
 Official keys: the released checkpoints load strictly and unmodified. Written from a description of
 the method, not from its code.
 
-Departures. One forward serves both sides of the GAN; the released code draws the equivariance
-transform and runs the tokenizer twice. A loss that is not finite stops the run; there it is patched
+Departures. One forward serves both sides of the GAN, and G learns from D before D's step; the
+released code draws the equivariance transform and runs the tokenizer twice, D first. Latents, their
+statistics and validation are of the mean, where it samples. The range of images, their crop and the
+dtypes are train_tokenizer.py's (there: [0, 1], a crop of half the side or more, the encoder always
+in bf16). A loss that is not finite stops the run; there it is patched
 up or skipped. bf16 where that uses fp16 in three blocks. DINOv2 keeps its own rule for positions.
 mapping.x_avg never moves: only truncation would read it. The last stage trains blocks 3 to 5, the
 decoder's second half: the released code names modules that do not exist, and trains nothing.
@@ -72,7 +75,7 @@ def resize(x, scale, mode, antialias):
 # ---- projection and expansion
 
 class ProjectionAttention(nn.Module):
-    """Attention inside a change of width. A head is as wide as the narrower side; going down the
+    """Attention inside a change of width. A head has min(c_in, c_out) channels; going down the
     heads are averaged, going up they are concatenated."""
 
     def __init__(self, c_in, c_out):
@@ -144,6 +147,12 @@ def to_tokens(x):
     return x.flatten(2).transpose(1, 2)
 
 
+def sample(moments, noise):
+    """Mean | log-variance (B, 2d, h, w), standard normal noise -> z = mean + std * noise."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    return mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
+
+
 class LDMAdapter(nn.Module):
     """All between encoder and z, and between z and decoder.
 
@@ -188,8 +197,8 @@ class LDMAdapter(nn.Module):
 # ---- the style
 
 class FullyConnected(nn.Module):
-    """StyleGAN's linear layer with an equalised learning rate: what is stored has unit variance,
-    over lr; what is used is scaled at run time."""
+    """StyleGAN's linear layer with an equalised learning rate: the stored weight is N(0, 1) / lr
+    at the start, and scaled where it is used."""
 
     def __init__(self, c_in, c_out, lr=1.0, bias=0.0):
         super().__init__()
@@ -334,7 +343,8 @@ class ChannelRMSNorm(nn.Module):
 
 
 class NullAttention(nn.Module):
-    """Attention over all positions and one learned key and value, which stand for nothing."""
+    """Attention over all positions and one learned key and value: a position may attend to
+    nothing."""
 
     def __init__(self, c, heads=8):
         super().__init__()
@@ -375,7 +385,7 @@ class SynthesisBlock(nn.Module):
 
     def __init__(self, c_prev, c_z, c, style, layers, kernel, attentions, noise, blur):
         super().__init__()
-        # the misspelt name is the official key
+        # the misspelt name is the official key; block 0 alone normalises last
         self.seperate_upsample_conv = UpsampleConv(c_prev + c_z, c, blur, norm_last=not c_prev)
         self.conv0 = ConvNeXtLayer(c, style, kernel, noise)
         self.convs1 = nn.ModuleList(
@@ -443,6 +453,38 @@ class Synthesis(nn.Module):
             images.append(rgb)
         *lower, image = images
         return image, lower[::-1]
+
+
+# ---- equivariance: the latent branch resizes and turns z, the prior branch shrinks the image
+
+class Transform(NamedTuple):
+    """scale of both sides, and clockwise quarter turns. prior: the image is shrunk before the
+    encoder; else the latent is resized and turned before the decoder."""
+    scale: float = 1.0
+    turns: int = 0
+    prior: bool = False
+
+
+def draw_transform(h, w):
+    """One Transform for a process's whole micro-batch with latent sides h, w: the latent branch half
+    of the time; else the prior branch, which changes a quarter of its batches and turns nothing.
+
+    Scales that would leave sides not divisible by 4 are left out. It draws from torch's generator,
+    whose state a checkpoint keeps."""
+    branch, pick, other = torch.rand(3).tolist()
+    scales = [s for s in (0.25, 0.5, 0.75, 1.0) if not (h * s % 4 or w * s % 4)]
+    smaller = scales[:-1]
+    if branch < 0.5:
+        return Transform(scales[int(pick * len(scales))], int(4 * other), prior=False)
+    if smaller and other < 0.25:
+        return Transform(smaller[int(pick * len(smaller))], 0, prior=True)
+    return Transform()
+
+
+def transformed(x, transform, mode):
+    """What the decoder should paint of x (B, 3, H, W), in either branch."""
+    x = resize(x, transform.scale, mode, antialias=True)
+    return torch.rot90(x, transform.turns, (-1, -2))
 
 
 # ---- the tokenizer
@@ -534,7 +576,7 @@ class VFMVAE(LatentSpace):
         turns, prior: a Transform. Returns x^ and the lower images, as paint does; the moments; z';
         and F, the encoder's last tokens on the latent grid (B, h*w, D)."""
         if prior:
-            x = resize(x, scale, self.vfm_encoder.mode, antialias=True)
+            x = resize(x, scale, "bilinear", antialias=True)
         h, w = (side // self.factor for side in x.shape[-2:])
         tokens = self.features(x)
         moments = self.moments(tokens, h, w)  # (B, 2d, h, w)
@@ -542,19 +584,13 @@ class VFMVAE(LatentSpace):
         z_proj = self.ldm_adapter.linear_proj(z) if self.arguments["linear_proj"] else None
         u, dim = self.ldm_adapter.unshuffle, self.arguments["dim"]
         last = F.avg_pool2d(to_map(tokens[..., -dim:], u * h, u * w), u)  # (B, D, h, w)
-        if not prior:
+        if not prior:  # the latent branch, which may change nothing
             z = torch.rot90(resize(z, scale, "bilinear", antialias=False), turns, (-1, -2))
         return *self.paint(z), moments, z_proj, to_tokens(last)
 
     def compiled(self):
         """What --compile compiles: parts and their methods."""
         return [(block, "forward") for block in self.synthesis.blocks]
-
-
-def sample(moments, noise):
-    """Mean | log-variance (B, 2d, h, w), standard normal noise -> z = mean + std * noise."""
-    mean, logvar = moments.float().chunk(2, dim=1)
-    return mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
 
 
 def arguments_of(state):
@@ -700,8 +736,8 @@ def local_groups(B):
 
 
 class BatchNormLocal(nn.Module):
-    """BatchNorm over groups of at most 8 images, without running statistics: whatever the batch, D
-    sees the statistics of 8. In evaluation too. (B, C, ...); ValueError: see local_groups."""
+    """BatchNorm over groups of at most 8 images, without running statistics: D sees the statistics
+    of about 8, whatever the batch. In evaluation too. (B, C, ...); ValueError: see local_groups."""
 
     def __init__(self, c):
         super().__init__()
@@ -833,9 +869,8 @@ class Discriminators(nn.Module):
 
 # ---- the GAN's losses
 
-# L_G = -E D(x^),  L_D = E relu(1 - D(x)) + E relu(1 + D(x^)): not halved
 def hinge(real, fake):
-    """The discriminator's side, of logits."""
+    """L_D = E relu(1 - D(x)) + E relu(1 + D(x^)) of logits, not halved as in losses.hinge_d."""
     return F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
 
 
@@ -852,56 +887,25 @@ def feature_matching(real, fake):
     return sum((f.float() - r.detach().float()).abs().mean() for r, f in pairs) / len(real)
 
 
-# ---- equivariance regularisation
-
-class Transform(NamedTuple):
-    """scale of both sides, and clockwise quarter turns. prior: the image is shrunk before the
-    encoder; else the latent is resized and turned before the decoder."""
-    scale: float = 1.0
-    turns: int = 0
-    prior: bool = False
-
-
-def draw_transform(h, w):
-    """One Transform for a whole batch with latent sides h, w: the latent branch half of the time;
-    else the prior branch, which changes a quarter of its batches and turns nothing.
-
-    Scales that would leave sides not divisible by 4 are left out. It draws from torch's generator,
-    whose state a checkpoint keeps."""
-    branch, which, quarter = torch.rand(3).tolist()
-    scales = [s for s in (0.25, 0.5, 0.75, 1.0) if not (h * s % 4 or w * s % 4)]
-    smaller = scales[:-1]
-    if branch < 0.5:
-        return Transform(scales[int(which * len(scales))], int(4 * quarter), prior=False)
-    if smaller and quarter < 0.25:
-        return Transform(smaller[int(which * len(smaller))], 0, prior=True)
-    return Transform()
-
-
-def transformed(x, transform, mode):
-    """What the decoder should paint of x (B, 3, H, W), in either branch."""
-    x = resize(x, transform.scale, mode, antialias=True)
-    return torch.rot90(x, transform.turns, (-1, -2))
-
-
 # ---- the objective
 
-# What trains, learning rate, images seen in the stage, and the weights of the losses (WEIGHTS).
-# VF's is times the adaptive weight; multires holds for the first quarter of the stage; the PatchGAN
+# What trains, learning rate, images seen in the stage, whether there is equivariance, and the
+# weights of the losses (WEIGHTS). l1 and lpips make L_rec, which train_tokenizer.py adds; VF's
+# is times the adaptive weight; multires holds for the first quarter of the stage; the PatchGAN
 # brings 10 times feature matching. The released code counts the stages from 0.
 WEIGHTS = ("l1", "lpips", "ssim", "multires", "vf", "kl", "gan", "patchgan")
 ALL = ("ldm_adapter", "mapping", "synthesis")
 DECODER = ("ldm_adapter.post_quant", "mapping", "synthesis")
 SECOND_HALF = tuple(f"synthesis.blocks.{i}" for i in (3, 4, 5))  # a choice, see above
 STAGES = {
-    "strong": {"trains": ALL, "lr": 1e-4, "images": 20e6, "equivariance": True}
-    | dict(zip(WEIGHTS, (1, 10, 0, 0.1, 5, 1e-6, 1, 0))),
-    "weak": {"trains": ALL, "lr": 1e-4, "images": 20e6, "equivariance": True}
-    | dict(zip(WEIGHTS, (1, 10, 0, 0, 1, 1e-6, 1, 0))),
-    "ssim": {"trains": DECODER, "lr": 5e-5, "images": 1e6, "equivariance": True}
-    | dict(zip(WEIGHTS, (1, 2, 1, 0, 0, 0, 1, 0))),
-    "patchgan": {"trains": SECOND_HALF, "lr": 5e-5, "images": 3e6, "equivariance": False}
-    | dict(zip(WEIGHTS, (0, 0, 0, 0, 0, 0, 1, 1))),
+    name: {"trains": trains, "lr": lr, "images": images, "equivariance": turned}
+    | dict(zip(WEIGHTS, weights))
+    for name, trains, lr, images, turned, weights in (
+        #                                              l1 lpips ssim multires vf  kl  gan patchgan
+        ("strong", ALL, 1e-4, 20e6, True,              (1, 10,   0,   0.1,    5, 1e-6, 1, 0)),
+        ("weak", ALL, 1e-4, 20e6, True,                (1, 10,   0,   0,      1, 1e-6, 1, 0)),
+        ("ssim", DECODER, 5e-5, 1e6, True,             (1, 2,    1,   0,      0, 0,    1, 0)),
+        ("patchgan", SECOND_HALF, 5e-5, 3e6, False,    (0, 0,    0,   0,      0, 0,    1, 1)))
 }
 
 
@@ -928,7 +932,7 @@ def gan_terms(s, weights, w_gan, x, recon):
     s.discriminator.requires_grad_(False)
     logits, scales = s.discriminator(recon)
     s.discriminator.requires_grad_(True)
-    terms = {"g_loss": (w_gan * weights["gan"], -logits.float().mean())}
+    terms = {"g_loss": (w_gan * weights["gan"], -logits.float().mean())}  # L_G = -E D(x^)
     if weights["patchgan"]:
         d_loss = d_loss + least_squares(real_scales, 1) + least_squares(fake_scales, 0)
         matching = feature_matching(real_scales, scales)
@@ -952,7 +956,8 @@ def objective(s, args, x, noise):
     terms = {"multires": (w_multires, multires)}
     if weights["kl"]:
         terms["kl"] = (weights["kl"], kl_divergence(moments))
-    if weights["vf"]:  # margins 0; the multi-resolution loss counts as reconstruction
+    if weights["vf"]:  # margins 0. Its adaptive weight is that of VA-VAE, at most 1e8, but the
+        # multi-resolution loss counts as reconstruction
         last_layer = s.tokenizer.ldm_adapter.final_quant.blocks[0].mlp.w2.weight
         terms["vf"] = (weights["vf"], vf_loss(z_proj, tokens, 0, 0), last_layer, 1e8,
                        w_multires * multires)
