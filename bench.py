@@ -117,6 +117,8 @@ def stage(folder, number=2, name="vitb14", n=2, checkpointing=False):
     for part, network in model.named_children():
         network.requires_grad_(part in train_tokenizer.STAGES[number]["trains"])
     runs.fast_weight_gradients(critic)
+    if device.type == "cuda":
+        runs.compile_parts([(lpips, "distance")])
     trained = [p for m in (model, critic) for p in m.parameters() if p.requires_grad]
     opt = torch.optim.Adam(trained, 1e-4, fused=True)
     flags = train_tokenizer.parse(["--accum", "1"])

@@ -210,10 +210,10 @@ def load_dinov2(spec):
     file = Path(spec).is_file()
     if file and "tokenizer" in (content := load_file(spec, "encoder")):
         encoder = load_tokenizer(spec, VAE, content=content).encoder
-        if not isinstance(encoder, DINOv2):
-            raise UserError(f"--encoder {spec} is a VAE: it has no DINOv2")
     else:
         encoder = load_encoder(spec)[0]
+    if not isinstance(encoder, DINOv2):
+        raise UserError(f"{spec} is no DINOv2: it holds {type(encoder).__name__}")
     if file:
         return DINOv2Features(encoder), sha256(spec)
     # by name: of the tensors, whichever file held them

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from losses import LPIPS
-from model import ENCODERS, DINOv2, Tokenizer
+from model import ENCODERS, Tokenizer, make_encoder, siglip_arguments, sincos_embedding
 
 try:
     import fcntl
@@ -50,6 +50,17 @@ DINOV2_SHA256 = {
     "vits14": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
     "vitb14": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
     "vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+}
+ENCODER_URLS = {  # of the other encoders; their sha256 are not known
+    "dino-s16": "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/"
+                "dino_deitsmall16_pretrain.pth",
+    "dino-b16": "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/"
+                "dino_vitbase16_pretrain.pth",
+    "mae-b16": "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth",
+    "mae-l16": "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_large.pth",
+    "mae-h14": "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_huge.pth",
+    "siglip2-l16-512":
+        "https://huggingface.co/google/siglip2-large-patch16-512/resolve/main/model.safetensors",
 }
 
 
@@ -139,7 +150,8 @@ def load_file(path, kind="checkpoint"):
                 raise UserError(f"{path} is a safetensors file, which takes the package of that "
                                 "name: pip install safetensors") from None
             return load_safetensors(path)
-        if zipfile.is_zipfile(f):
+        mapped = zipfile.is_zipfile(f)
+        if mapped:
             with zipfile.ZipFile(f) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
                 if unpacked > os.path.getsize(path):  # torch.save does not compress
@@ -148,9 +160,9 @@ def load_file(path, kind="checkpoint"):
                     raise ValueError(f"the CRC of {damaged} differs")
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     raise ValueError("TorchScript, as OpenAI's CLIP: a program, which is never run")
-        f.seek(0)
-        try:
-            content = torch.load(f, map_location="cpu", weights_only=True)
+        try:  # mapped: no copy in memory, and all ranks share its pages
+            content = torch.load(os.fspath(path), map_location="cpu", weights_only=True,
+                                 mmap=mapped)
         except pickle.UnpicklingError:  # torch's text advises to run it
             raise ValueError("not only tensors, numbers and strings; nothing else is ever "
                              "loaded") from None
@@ -463,7 +475,8 @@ SIGNS = {
     "CLIP": r"class_embedding|resblocks|norm_pre\.",
     "SigLIP": r"head\.probe|attn_pool\.|layers\.\d+\.self_attn\.",
     "MAE": r"decoder_(pos_embed|embed|blocks)",
-    "another ViT (DINO v1, MAE, BEiT, ...)": r"cls_token$",
+    "DINO v1 (a plain ViT)": r"(?s)\A(?=.*cls_token$)(?=.*pos)(?!.*(relative|gamma))",
+    "another ViT (BEiT, ...)": r"cls_token$",
     "a ResNet": r"layer1\.0\.conv1\.|stages\.0\.layers\.0\.",
     "Inception": r"^Mixed_5b\.",
     "VGG16": r"^features\.28\.",
@@ -478,11 +491,13 @@ def kind_of(state):
     return found[0] if found else None
 
 
-def require(kind, state, path):
-    """UserError where the names are not those of `kind`, one of SIGNS."""
-    if (found := kind_of(state)) != kind:
+def require(kinds, state, path):
+    """The one of `kinds`, a name in SIGNS or several, whose names these are; or a UserError."""
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if (found := kind_of(state)) not in kinds:
         names = f"its names are those of {found}" if found else f"names: {', '.join(state)}"
-        raise UserError(f"{path} is no {kind}: {names[:100]}")
+        raise UserError(f"{path} is no {', '.join(kinds)}: {names[:100]}")
+    return found
 
 
 def unwrapped(content):
@@ -516,14 +531,14 @@ def load_lpips(vgg16=None, heads=None):
     return lpips, vgg16
 
 
-# the names of DINOv2 in transformers (in files; since version 5 others in memory) and timm -> the
-# official ones; @ and a digit: a part of a tensor
-DINOV2_NAMES = {
+# the names of DINOv2 and of plain ViTs in transformers (in files; since version 5 others in memory)
+# and timm -> the official ones; @ and a digit: a part of a tensor
+VIT_NAMES = {
     r"^embeddings\.": "",
     r"^position_embeddings$": "pos_embed",
     r"^patch_embeddings\.projection\.": "patch_embed.proj.",
     r"^reg_token$": "register_tokens",
-    r"^encoder\.layer\.": "blocks.",
+    r"^(encoder\.layer|layers)\.": "blocks.",
     r"^blocks\.\d+\.(\d+\.)": r"blocks.\1",  # official, in chunks: blocks.CHUNK.i
     r"^layernorm\.": "norm.",
     r"\.attention\.(attention\.query|q_proj)\.": ".attn.qkv@0.",
@@ -535,14 +550,21 @@ DINOV2_NAMES = {
     r"\.mlp\.up_proj\.": ".mlp.w12@1.",
     r"\.mlp\.weights_in\.": ".mlp.w12.",
     r"\.mlp\.(weights_out|down_proj)\.": ".mlp.w3.",
+    r"\.layernorm_before\.": ".norm1.",
+    r"\.layernorm_after\.": ".norm2.",
+    r"(\.\d+)\.intermediate\.dense\.": r"\1.mlp.fc1.",
+    r"(\.\d+)\.output\.dense\.": r"\1.mlp.fc2.",
 }
+PRETRAINING = ("head.", "pooler.", "decoder_")  # beside an encoder; and MAE's mask_token
 
 
 def encoder_state(content, path):
-    """The DINOv2 in a file's content under its official names: official, a training checkpoint's
-    teacher, of transformers, of timm; alone, or in a larger network."""
+    """(family, state dict under the official names) of the encoder in a file's content: official, a
+    training checkpoint's teacher, of transformers, of timm; alone, or in a larger network."""
     state = unwrapped(content)
-    require("DINOv2", state, path)
+    kind = require(("DINOv2", "SigLIP", "MAE", "DINO v1 (a plain ViT)"), state, path)
+    if kind == "SigLIP":
+        return "siglip", {k: v for k, v in state.items() if k.startswith("vision_model.")}
     prefixes = {k.removesuffix("cls_token").removesuffix("embeddings.")
                 for k in state if k.endswith("cls_token")}
     if len(prefixes) > 1:
@@ -550,18 +572,21 @@ def encoder_state(content, path):
     prefix = prefixes.pop()
     parts = {}  # name -> its parts in order
     for name, tensor in sorted(state.items()):
-        if name.startswith(prefix) and not name.startswith(f"{prefix}head."):
+        if name.startswith(prefix) and not name.removeprefix(prefix).startswith(PRETRAINING):
             name = name.removeprefix(prefix)
-            for theirs, official in DINOV2_NAMES.items():
+            for theirs, official in VIT_NAMES.items():
                 name = re.sub(theirs, official, name)
             parts.setdefault(re.sub(r"@\d", "", name), {})[name] = tensor
     if sum(v.nbytes for p in parts.values() for v in p.values()) > os.path.getsize(path):
         raise ValueError("its tensors are larger than the file")  # before they are joined
     state = {name: torch.cat([p[k] for k in sorted(p)]) if len(p) > 1 else p.popitem()[1]
              for name, p in parts.items()}
+    if kind != "DINOv2":
+        state.pop("mask_token", None)
+        return "mae" if has_fixed_positions(state["pos_embed"]) else "dino", state
     side = state["patch_embed.proj.weight"].shape[-1]
-    if side != DINOv2.patch:
-        raise UserError(f"{path} is no DINOv2: its patches are {side} px wide, not {DINOv2.patch}")
+    if side != 14:
+        raise UserError(f"{path} is no DINOv2: its patches are {side} px wide, not 14")
 
     # timm: the MLP of the giant model goes by the names of the others
     if "blocks.0.mlp.fc1.weight" in state and (
@@ -574,49 +599,75 @@ def encoder_state(content, path):
         state["pos_embed"] = torch.cat([torch.zeros_like(cls), positions], dim=1)
     # timm leaves out what only pretraining reads
     state.setdefault("mask_token", torch.zeros_like(cls[0]))
-    return state
+    return "dinov2", state
 
 
-def encoder_arguments(state):
-    """DINOv2's arguments, from a state dict's names and shapes."""
-    return {"dim": state["cls_token"].shape[-1],
-            "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-            "swiglu": "blocks.0.mlp.w12.weight" in state,
-            "registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0,
-            "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
+def has_fixed_positions(pos_embed):
+    """Whether a position embedding (1, 1 + g*g, D) is MAE's: its encoder has the names of DINO
+    v1's, but positions that no training has changed."""
+    _, N, D = pos_embed.shape
+    g = math.isqrt(N - 1)
+    fixed = sincos_embedding(g, g, D)
+    return g * g == N - 1 and torch.allclose(pos_embed[:, 1:].float(), fixed, atol=0.01)
+
+
+def encoder_arguments(family, state):
+    """Arguments of model.make_encoder, from a state dict's names and shapes."""
+    if family == "siglip":
+        return {"family": family} | siglip_arguments(state)
+    found = {"dim": state["cls_token"].shape[-1],
+             "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+             "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
+    if family != "dinov2":
+        return {"family": family, "patch": state["patch_embed.proj.weight"].shape[-1]} | found
+    return found | {
+        "swiglu": "blocks.0.mlp.w12.weight" in state,
+        "registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0}
+
+
+def named_arguments(name):
+    """Arguments of model.make_encoder for an official name; None for another name."""
+    arguments = ENCODERS.get(name.removesuffix("_reg4"))
+    if arguments is None or "family" in arguments:  # only DINOv2 has registers
+        return ENCODERS.get(name)
+    registers = 4 if name.endswith("_reg4") else 0
+    return {"swiglu": False, "grid": 37} | arguments | {"registers": registers}
 
 
 def load_encoder(spec):
-    """(DINOv2, its arguments). spec: an official name (vits14 ... vitg14_reg4), a file, or
+    """(encoder, its arguments for model.make_encoder). spec: an official name (vits14 ...
+    vitg14_reg4, and the others of model.ENCODERS), a file of a DINOv2, DINO v1, MAE or SigLIP2, or
     random:NAME for random weights. Errors: UserError."""
     name = spec.removeprefix("random:").removeprefix("dinov2_")
     if name.endswith("_reg"):  # torch hub's name for the same model
         name += "4"
-    arguments = ENCODERS.get(name.removesuffix("_reg4"))
-    if arguments is not None:
-        arguments = dict(arguments, registers=4 if name.endswith("_reg4") else 0)
+    arguments = named_arguments(name)
     if spec.startswith("random:"):
         if arguments is None:
             raise UserError(f"--encoder {spec}: no such size, choose from {', '.join(ENCODERS)} "
-                            "(and _reg4)")
+                            "(and vit..._reg4)")
         print_0(f"encoder {name}: RANDOM weights, as asked for")
-        return DINOv2(**arguments), arguments
+        return make_encoder(**arguments), arguments
+    if name.startswith("siglip") and arguments is not None:
+        raise UserError(f"--encoder {spec}: give its file, {ENCODER_URLS[name]}")
     if arguments is not None and name != "tiny14":
-        url = DINOV2_URL.format(name.removesuffix("_reg4"), name)
+        url = ENCODER_URLS.get(name) or DINOV2_URL.format(name.removesuffix("_reg4"), name)
         path = find_weights(url, DINOV2_SHA256.get(name, ""), "--encoder")
     elif Path(spec).is_file():
         path = Path(spec)
         print_0(f"encoder {path}: sha256 {sha256(path)}")
     else:
         raise UserError(f"--encoder {spec}: neither a file nor one of "
-                        f"{', '.join(list(ENCODERS)[1:])} (and _reg4)")
+                        f"{', '.join(list(ENCODERS)[1:])} (and vit..._reg4)")
     content = load_file(path, "encoder")
     with reading(path, "encoder"):
-        state = encoder_state(content, path)
-        found = encoder_arguments(state)
-    if arguments is not None and found != {"swiglu": False, "grid": 37} | arguments:
+        family, state = encoder_state(content, path)
+        found = encoder_arguments(family, state)
+    if arguments is not None and any(found.get(k) != v for k, v in arguments.items()):
         raise UserError(f"{path} is not a {name}: found {found}")
-    return build(DINOv2, found, state, path), found
+    if family != "dinov2":
+        print_0(f"{path} is taken for an encoder of the family {family}")
+    return build(make_encoder, found, state, path), found
 
 
 # ---- tokenizers and generators

@@ -1,7 +1,7 @@
 """The networks of AlignTok (Chen et al., ICLR 2026, arXiv 2509.25162), Section 3 and Figure 2.
 
-DINOv2, the LDM modules and LightningDiT keep the official state-dict keys: released files load
-strictly and unmodified.
+The encoders, the LDM modules and LightningDiT keep the official state-dict keys: released files
+load strictly and unmodified.
 
 Departures: AlignTok's decoder lacks VA-VAE's 1x1 `post_quant_conv` (a linear map in front of
 a 3x3 convolution); DINOv2 has no stochastic depth, because only the toy's stand-in trains it from
@@ -78,17 +78,17 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, swiglu):
+    def __init__(self, dim, heads, swiglu, layer_scale=True):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
-        self.ls1 = LayerScale(dim)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         if swiglu:  # 2/3 of the MLP's hidden width, rounded up to a multiple of 8
             self.mlp = SwiGLU(dim, (int(4 * dim * 2 / 3) + 7) // 8 * 8)
         else:
             self.mlp = MLP(dim, 4 * dim)
-        self.ls2 = LayerScale(dim)
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(self, x):
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -104,7 +104,79 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D), row by row
 
 
-class DINOv2(nn.Module):
+def resampled(positions, h, w, rule):
+    """The position embedding (1, g*g, D) of a grid of g x g patches -> (1, h*w, D), bicubic, in
+    fp32. rule: the one that the encoder's own code has; they differ by 7 to 9 % at 224 px.
+
+    "scale": by the scale (h + 0.1) / g. The 0.1 guards against a rounding error, and shifts the
+    sampling points. "size": to h x w. "antialias": to h x w with antialias."""
+    g = math.isqrt(positions.shape[1])
+    grid = positions.float().transpose(1, 2).unflatten(2, (g, g))  # (1, D, g, g)
+    if rule == "scale":
+        scale = ((h + 0.1) / g, (w + 0.1) / g)
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    else:
+        grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=rule == "antialias")
+    assert grid.shape[-2:] == (h, w)
+    return grid.flatten(2).transpose(1, 2)
+
+
+class Foundation(nn.Module):
+    """What the foundation encoders share. Each has embed, blocks and norm.
+
+    dim: D; patch: side of a patch in px; grid: side of the stored position embedding, in patches;
+    pixels: mean and standard deviation of its images in [0, 1]."""
+    prefix = 1  # tokens before those of the patches
+
+    def __init__(self, dim, patch, grid, pixels):
+        super().__init__()
+        self.dim, self.patch, self.grid = dim, patch, grid
+        for name, value in zip(("pixel_mean", "pixel_std"), pixels):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    def in_patches(self, x):
+        """Sides of images (B, 3, H, W) in patches. ValueError where they do not divide."""
+        H, W = x.shape[-2:]
+        if H % self.patch or W % self.patch:
+            raise ValueError(
+                f"{type(self).__name__} takes sides divisible by {self.patch}, not {H}x{W}")
+        return H // self.patch, W // self.patch
+
+    def forward(self, x):
+        """x: (B, 3, H, W), normalised, sides divisible by the patch.
+
+        Returns cls (B, D) and patch tokens (B, N, D), both after the final norm: DINOv2's official
+        `x_norm_clstoken` and `x_norm_patchtokens`. Raises ValueError for other sides."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return x[:, 0], x[:, self.prefix:]
+
+    def prepared(self, x, factor=16):
+        """Images (B, 3, H, W) in [-1, 1] -> what forward takes, normalised and resized.
+
+        DINOv2's patches are 14 px wide and a latent position covers 16 px: the image is resized
+        by 14/16 (256 -> 224), so that there is one token per latent position. With patches of
+        16 px it stays as it is."""
+        H, W = x.shape[-2:]
+        if H % factor or W % factor:
+            raise ValueError(f"image sides must be divisible by {factor}, not {H}x{W}")
+        x = ((x.float() + 1) / 2 - self.pixel_mean) / self.pixel_std
+        if self.patch == factor:
+            return x
+        size = (H // factor * self.patch, W // factor * self.patch)
+        return F.interpolate(x, size, mode="bicubic", antialias=True)  # (B, 3, 14*h, 14*w)
+
+    def features(self, x, factor=16):
+        """E_p: images (B, 3, H, W) in [-1, 1] -> patch tokens (B, H/16 * W/16, D)."""
+        return self(self.prepared(x, factor))[1]
+
+
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+class DINOv2(Foundation):
     """DINOv2 (Oquab et al. 2023); with registers = 4 its register variants (Darcet et al. 2023).
 
     dim, depth: width and number of blocks; a head is 64 wide in every DINOv2. swiglu: the giant
@@ -112,10 +184,10 @@ class DINOv2(nn.Module):
     patch = 14
 
     def __init__(self, dim, depth, swiglu=False, registers=0, grid=37):
-        super().__init__()
+        super().__init__(dim, self.patch, grid, IMAGENET)
         if dim % 64:
             raise ValueError(f"width {dim} is not divisible by 64, the width of a head")
-        self.dim, self.grid, self.registers = dim, grid, registers
+        self.registers, self.prefix = registers, 1 + registers
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
         if registers:
@@ -125,10 +197,6 @@ class DINOv2(nn.Module):
         self.patch_embed = PatchEmbed(self.patch, 3, dim)
         self.blocks = nn.ModuleList(Block(dim, dim // 64, swiglu) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        # ImageNet's mean and standard deviation of images in [0, 1]
-        for name, value in (("pixel_mean", [0.485, 0.456, 0.406]),
-                            ("pixel_std", [0.229, 0.224, 0.225])):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
         self.initialise()
 
     def initialise(self):
@@ -142,61 +210,30 @@ class DINOv2(nn.Module):
         if self.registers:
             nn.init.normal_(self.register_tokens, std=1e-6)
 
-    def position_embedding(self, h, w):
-        """(1, 1 + h*w, D) for h x w patches, in fp32: the stored grid, resampled.
+    def never_trains(self):
+        """What no stage trains."""
+        return [self.mask_token]
 
-        The two families of released models were trained with different resampling rules, which
-        differ by 7 to 9 % at 224 px."""
+    def position_embedding(self, h, w):
+        """(1, 1 + h*w, D) for h x w patches: the stored grid, resampled. The two families of
+        released models were trained with different rules."""
         if (h, w) == (self.grid, self.grid):
             return self.pos_embed
-        cls, grid = self.pos_embed.float().split([1, self.grid ** 2], dim=1)
-        grid = grid.transpose(1, 2).view(1, self.dim, self.grid, self.grid)
-        if self.registers:
-            grid = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=True)
-        else:
-            # The official code adds 0.1 against a rounding error. That shifts the sampling points.
-            scale = ((h + 0.1) / self.grid, (w + 0.1) / self.grid)
-            grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        assert grid.shape[-2:] == (h, w)
-        return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)  # (1, 1 + h*w, D)
+        rule = "antialias" if self.registers else "scale"
+        cls, grid = self.pos_embed[:, :1].float(), self.pos_embed[:, 1:]
+        return torch.cat([cls, resampled(grid, h, w, rule)], dim=1)
 
     def embed(self, x):
         """Images, as forward takes them -> cls, registers and patch tokens (B, 1+R+N, D), with
         position, before the first block."""
-        B, _, H, W = x.shape
-        if H % self.patch or W % self.patch:
-            raise ValueError(f"DINOv2 takes sides divisible by {self.patch}, not {H}x{W}")
+        B, (h, w) = len(x), self.in_patches(x)
         x = self.patch_embed(x)  # (B, N, D)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1+N, D)
-        x = x + self.position_embedding(H // self.patch, W // self.patch).to(x.dtype)
+        x = x + self.position_embedding(h, w).to(x.dtype)
         if self.registers:  # they carry no position
             registers = self.register_tokens.expand(B, -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)  # (B, 1+4+N, D)
         return x
-
-    def forward(self, x):
-        """x: (B, 3, H, W) with DINOv2's normalisation, sides divisible by 14.
-
-        Returns cls (B, D) and patch tokens (B, H/14 * W/14, D), both after the final norm: the
-        official `x_norm_clstoken` and `x_norm_patchtokens`. Raises ValueError for other sides."""
-        x = self.embed(x)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
-        return x[:, 0], x[:, 1 + self.registers:]
-
-    def features(self, x, factor=16):
-        """E_p: images (B, 3, H, W) in [-1, 1] -> patch tokens (B, H/16 * W/16, D).
-
-        DINOv2's patches are 14 px wide and a latent position covers 16 px: the image is resized
-        by 14/16 (256 -> 224), so that there is one token per latent position."""
-        H, W = x.shape[-2:]
-        if H % factor or W % factor:
-            raise ValueError(f"image sides must be divisible by {factor}, not {H}x{W}")
-        x = ((x.float() + 1) / 2 - self.pixel_mean) / self.pixel_std
-        size = (H // factor * self.patch, W // factor * self.patch)
-        x = F.interpolate(x, size, mode="bicubic", antialias=True)  # (B, 3, 14*h, 14*w)
-        return self(x)[1]
 
 
 # ---- adapter
@@ -387,14 +424,14 @@ class LatentSpace(nn.Module):
 class Tokenizer(LatentSpace):
     """AlignTok: z0 = A(E_p(x)), x^ = D(z0). No KL and no sampling (Section 3.1).
 
-    encoder: arguments of DINOv2; decoder: arguments of Decoder but d; d: latent channels; hidden:
-    the adapter's hidden width (default: the encoder's)."""
+    encoder: arguments of make_encoder; decoder: arguments of Decoder but d; d: latent channels;
+    hidden: the adapter's hidden width (default: the encoder's)."""
 
     def __init__(self, encoder, decoder, d=32, hidden=None):
         super().__init__(d)
         # a checkpoint keeps them, to rebuild the model
         self.arguments = {"encoder": encoder, "decoder": decoder, "d": d, "hidden": hidden}
-        self.encoder = DINOv2(**encoder)
+        self.encoder = make_encoder(**encoder)
         self.adapter = Adapter(self.encoder.dim, d, hidden or self.encoder.dim)
         self.decoder = Decoder(d=d, **decoder).to(memory_format=torch.channels_last)
 
@@ -536,9 +573,12 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(dim, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x, c):
+    def modulated(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # (B, N, out)
+        return modulate(self.norm_final(x), shift, scale)
+
+    def forward(self, x, c):
+        return self.linear(self.modulated(x, c))  # (B, N, out)
 
 
 class TimeEmbedder(nn.Module):
@@ -619,14 +659,9 @@ class LightningDiT(nn.Module):
         """What --compile compiles: parts and their methods."""
         return [(block, "forward") for block in self.blocks]
 
-    def forward(self, z_t, t, y=None):
-        """The paper's velocity v = z1 - z0 (B, d, H, W) at the noisy, normalised latents z_t
-        (B, d, H, W) and the times t (B,), 0 data, 1 noise.
-
-        y: classes (B,) in [0, K], K: none; an unconditional model takes no y. An official
-        checkpoint has learned the other direction: v(z_t, t, y) = -official(z_t, 1 - t, y).
-        Raises ValueError for latents of another shape."""
-        B, d, H, W = z_t.shape
+    def embed(self, z_t, t, y):
+        """What forward takes -> tokens (B, N, D), condition (B, D), RoPE's cos and sin."""
+        _, d, H, W = z_t.shape
         if d != self.d or H % self.patch or W % self.patch:
             raise ValueError(f"this LightningDiT takes latents of {self.d} channels with sides "
                              f"divisible by {self.patch}, not {d}x{H}x{W}")
@@ -636,22 +671,259 @@ class LightningDiT(nn.Module):
         c = self.t_embedder(t)  # (B, D)
         if self.num_classes:
             c = c + self.y_embedder["embedding_table"](y)
+        return x, c, cos, sin
+
+    def unpatch(self, x, H, W):
+        """(B, N, p*p*d) -> (B, d, H, W)."""
+        p = self.patch
+        x = x.view(-1, H // p, W // p, p, p, self.d)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.d, H, W)
+
+    def forward(self, z_t, t, y=None):
+        """The paper's velocity v = z1 - z0 (B, d, H, W) at the noisy, normalised latents z_t
+        (B, d, H, W) and the times t (B,), 0 data, 1 noise.
+
+        y: classes (B,) in [0, K], K: none; an unconditional model takes no y. An official
+        checkpoint has learned the other direction: v(z_t, t, y) = -official(z_t, 1 - t, y).
+        Raises ValueError for latents of another shape."""
+        x, c, cos, sin = self.embed(z_t, t, y)
         for block in self.blocks:
             x = block(x, c, cos, sin)
         x = self.final_layer(x, c)  # (B, N, p*p*d)
-        x = x.view(B, h, w, self.patch, self.patch, d)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, d, H, W)
+        return self.unpatch(x, *z_t.shape[-2:])
+
+
+# ---- the other encoders: DINO v1 and MAE, SigLIP2
+
+class ViT(Foundation):
+    """A plain ViT, without LayerScale: DINO v1 (Caron et al. 2021), MAE's encoder (He et al. 2022).
+
+    heads: None for the released models', 64 wide but in MAE's largest. fixed: MAE's position
+    embedding, sines and cosines that never train; DINO's is learned."""
+
+    def __init__(self, dim=384, depth=12, heads=None, patch=16, grid=14, fixed=False):
+        super().__init__(dim, patch, grid, IMAGENET)
+        heads = heads or {1280: 16}.get(dim, max(1, dim // 64))
+        self.fixed = fixed
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim), not fixed)
+        self.patch_embed = PatchEmbed(patch, 3, dim)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, swiglu=False, layer_scale=False) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.initialise()
+
+    def initialise(self):
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.fixed:  # the cls token's is zero
+            self.pos_embed.data[:, 1:] = sincos_embedding(self.grid, self.grid, self.dim)
+        else:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def never_trains(self):
+        return [self.pos_embed] if self.fixed else []
+
+    def position_embedding(self, h, w):
+        """(1, 1 + h*w, D) for h x w patches: the stored grid, resampled as the official code
+        does."""
+        if (h, w) == (self.grid, self.grid):
+            return self.pos_embed
+        cls, grid = self.pos_embed[:, :1].float(), self.pos_embed[:, 1:]
+        return torch.cat([cls, resampled(grid, h, w, "size" if self.fixed else "scale")], dim=1)
+
+    def embed(self, x):
+        """Images, as forward takes them -> cls and patch tokens (B, 1+N, D), with position."""
+        positions = self.position_embedding(*self.in_patches(x))
+        x = self.patch_embed(x)  # (B, N, D)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + positions.to(x.dtype)
+
+
+class TanhMLP(MLP):
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SeparateAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = (f(x).view(B, N, self.heads, -1).transpose(1, 2)  # (B, heads, N, D/heads)
+                   for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+
+
+class SigLIPBlock(nn.Module):
+    def __init__(self, dim, heads, hidden):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.self_attn = SeparateAttention(dim, heads)
+        self.layer_norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = TanhMLP(dim, hidden)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class PoolingHead(nn.Module):
+    """One learned query over all tokens. No tokenizer uses it, but the checkpoints hold it."""
+
+    def __init__(self, dim, heads, hidden):
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(1, 1, dim))
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = TanhMLP(dim, hidden)
+
+    def forward(self, tokens):  # (B, N, D) -> (B, D)
+        probe = self.probe.expand(len(tokens), -1, -1)
+        x = self.attention(probe, tokens, tokens, need_weights=False)[0]
+        return (x + self.mlp(self.layernorm(x)))[:, 0]
+
+
+class SigLIP(Foundation):
+    """The vision tower of SigLIP2 (Tschannen et al. 2025), of the files of a fixed size. No cls
+    token: every token is a patch, and in its place forward returns the pooling head's vector.
+
+    hidden: the MLP's width (None: 4D). heads: None for the released models', 64 wide each but in
+    the two largest."""
+    prefix = 0
+
+    def __init__(self, dim, depth, heads=None, hidden=None, patch=16, grid=32):
+        super().__init__(dim, patch, grid, ([0.5] * 3, [0.5] * 3))
+        heads = heads or {1152: 16, 1536: 16}.get(dim, max(1, dim // 64))
+        hidden = hidden or 4 * dim
+        self.vision_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({
+                "patch_embedding": nn.Conv2d(3, dim, patch, patch),
+                "position_embedding": nn.Embedding(grid * grid, dim)}),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(
+                SigLIPBlock(dim, heads, hidden) for _ in range(depth))}),
+            "post_layernorm": nn.LayerNorm(dim, eps=1e-6),
+            "head": PoolingHead(dim, heads, hidden)})
+
+    def never_trains(self):
+        return list(self.vision_model["head"].parameters())  # no patch token depends on it
+
+    def position_embedding(self, h, w):
+        """(h*w, D): the stored grid, resampled by size."""
+        stored = self.vision_model["embeddings"]["position_embedding"].weight
+        if (h, w) == (self.grid, self.grid):
+            return stored
+        return resampled(stored[None], h, w, "size")[0]
+
+    def embed(self, x):
+        """Images, as forward takes them -> patch tokens (B, N, D), with position."""
+        positions = self.position_embedding(*self.in_patches(x))
+        x = self.vision_model["embeddings"]["patch_embedding"](x).flatten(2).transpose(1, 2)
+        return x + positions.to(x.dtype)
+
+    @property
+    def blocks(self):
+        return self.vision_model["encoder"]["layers"]
+
+    def norm(self, x):
+        return self.vision_model["post_layernorm"](x)
+
+    def pool(self, tokens):
+        """Tokens after the last norm (B, N, D) -> the image's vector (B, D)."""
+        return self.vision_model["head"](tokens)
+
+    def forward(self, x):
+        _, tokens = super().forward(x)
+        return self.pool(tokens), tokens
+
+
+def siglip_arguments(state):
+    """SigLIP's arguments, from a state dict's names and shapes. ValueError where it is no SigLIP2's
+    vision tower."""
+    try:
+        dim, _, patch, _ = state["vision_model.embeddings.patch_embedding.weight"].shape
+        positions = len(state["vision_model.embeddings.position_embedding.weight"])
+        hidden = len(state["vision_model.encoder.layers.0.mlp.fc1.weight"])
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"no SigLIP2 vision tower of a fixed size: {e}") from None
+    depth = sum(k.endswith(".layer_norm1.weight") for k in state)
+    return {"dim": dim, "depth": depth, "hidden": hidden, "patch": patch,
+            "grid": math.isqrt(positions)}
+
+
+# ---- LoRA, an ablation of stage 2
+
+class LoRA(nn.Linear):
+    """y = W x + b + B A x, with W and b frozen (Hu et al. 2022; alpha is the rank). B is zero at
+    the start."""
+
+    def __init__(self, linear, rank):
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight, self.bias, limit = linear.weight, linear.bias, linear.in_features ** -0.5
+        A = self.weight.new_empty(rank, self.in_features).uniform_(-limit, limit)
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.A), self.B)
+
+    def merged(self):
+        linear = nn.Linear(self.in_features, self.out_features)
+        linear.weight, linear.bias = self.weight, self.bias
+        linear.weight.data += self.B.data @ self.A.data
+        return linear
+
+
+def add_lora(encoder, rank):
+    """From here on a low-rank update of each linear map in the blocks is all of it that trains."""
+    encoder.requires_grad_(False)
+    for part in list(encoder.blocks.modules()):
+        for name, m in part.named_children():
+            if isinstance(m, nn.Linear):
+                setattr(part, name, LoRA(m, rank))
+
+
+def merge_lora(encoder):
+    """Adds the updates, if there are any, to the weights: W + B A."""
+    for part in list(encoder.blocks.modules()):
+        for name, m in part.named_children():
+            if isinstance(m, LoRA):
+                setattr(part, name, m.merged())
 
 
 # ---- named sizes
 
-# Arguments of DINOv2; name_reg4, the register variants, add registers=4.
+# The families of encoders. How they differ from DINOv2:
+#           LayerScale  cls token   pixels    positions, resampled             patch, px
+#   dinov2  yes         yes, or +4  ImageNet  learned, by scale or antialias   14
+#   dino    no          yes         ImageNet  learned, by scale                16
+#   mae     no          yes         ImageNet  fixed sin-cos, by size           16, or 14
+#   siglip  no          no          .5, .5    learned, by size                 16
+FAMILIES = {"dinov2": DINOv2, "dino": ViT, "mae": lambda **sizes: ViT(**sizes, fixed=True),
+            "siglip": SigLIP}
+
+
+def make_encoder(family="dinov2", **arguments):
+    """The encoder of one of ENCODERS' rows, or of a file's arguments."""
+    return FAMILIES[family](**arguments)
+
+
+# Arguments of make_encoder; name_reg4, DINOv2's register variants, add registers=4.
 ENCODERS = {
     "tiny14": {"dim": 192, "depth": 4, "grid": 4},  # of the preset tiny; no official weights
     "vits14": {"dim": 384, "depth": 12},  # 22,056,576 parameters
     "vitb14": {"dim": 768, "depth": 12},  # 86,580,480
     "vitl14": {"dim": 1024, "depth": 24},  # 304,368,640
     "vitg14": {"dim": 1536, "depth": 40, "swiglu": True},  # 1,136,480,768
+    "dino-s16": {"family": "dino", "dim": 384, "depth": 12, "patch": 16, "grid": 14},  # 21,665,664
+    "dino-b16": {"family": "dino", "dim": 768, "depth": 12, "patch": 16, "grid": 14},  # 85,798,656
+    "mae-b16": {"family": "mae", "dim": 768, "depth": 12, "patch": 16, "grid": 14},  # 85,798,656
+    "mae-l16": {"family": "mae", "dim": 1024, "depth": 24, "patch": 16, "grid": 14},  # 303,301,632
+    "mae-h14": {"family": "mae", "dim": 1280, "depth": 32, "patch": 14, "grid": 16},  # 630,764,800
+    "siglip2-l16-512": {  # 316,742,656
+        "family": "siglip", "dim": 1024, "depth": 24, "patch": 16, "grid": 32},
 }
 
 # Arguments of Decoder, and of the baselines' Encoder, but d.

@@ -42,7 +42,7 @@ from files import (
     write_atomically,
 )
 from losses import average_over_ranks
-from model import Block, DiTBlock, ResnetBlock
+from model import Block, DiTBlock, ResnetBlock, SigLIPBlock
 
 # Page faults took up to a third of a step on CPUs (docs/engineering.md, Speed). So tensors lie in
 # huge pages, where Linux gives them (PyTorch reads this before its first tensor), and glibc keeps
@@ -155,14 +155,18 @@ def make_fast(model, args, device, *more):
     """What both training scripts do to a network before its first step; in place, so keys stay.
     more: classes that are blocks for --checkpointing, too."""
     blocks = [part for part in model.modules()
-              if isinstance(part, (Block, ResnetBlock, DiTBlock, *more))]
-    if args.compile if args.compile is not None else device.type == "cuda":
+              if isinstance(part, (Block, SigLIPBlock, ResnetBlock, DiTBlock, *more))]
+    if compiles(args, device):
         compile_parts([(block, "forward") for block in blocks] if args.checkpointing
                       else model.compiled())
     elif device.type == "cpu":
         fast_weight_gradients(model)
     if args.checkpointing:
         checkpoint_activations(blocks)
+
+
+def compiles(args, device):
+    return device.type == "cuda" if args.compile is None else args.compile
 
 
 def compile_parts(parts):
@@ -519,6 +523,7 @@ def load_optimiser(optimiser, state):
             moments[name] = torch.empty_like(p, requires_grad=False).copy_(moments[name])
         if moments["step"].shape != ():
             raise ValueError("the optimiser's count of steps is not one number")
+        moments["step"] = moments["step"].clone()  # nothing of a mapped file stays
 
 
 def check_weights(module, run, prefix):
@@ -593,8 +598,6 @@ class Parser(argparse.ArgumentParser):
         add("--size", type=count,
             help="image side in px, divisible by 16 (train_dit.py: default the tokenizer's)")
         add("--workers", type=index, help="loader processes per rank")
-        add("--compile", action=argparse.BooleanOptionalAction,
-            help="torch.compile the blocks (default: on GPUs)")
         add("--checkpointing", action="store_true",
             help="recompute activations: less memory, slower")
         for flag in ("--log-every", "--save-every", "--grid-every"):
@@ -607,6 +610,8 @@ class Parser(argparse.ArgumentParser):
         add("--preset", choices=presets, default="paper", help="default: %(default)s")
         add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
             help="of autocast; auto: bf16 where it is native")
+        add("--compile", action=argparse.BooleanOptionalAction,
+            help="torch.compile the blocks (default: on GPUs)")
         args = self.parse_args(argv)
         preset = presets[args.preset]
         args.given = {name for name in preset if getattr(args, name, None) is not None}

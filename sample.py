@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import repa
 import runs
 import toy
 from baselines import VAE, FluxVAE
@@ -125,7 +126,8 @@ def generate(model, tokenizer, indices, labels, seed, times, method="euler", dty
     of k prompts and of the empty one (see captions.py); image i is of prompt i mod k. guidance:
     arguments of Velocity."""
     device = tokenizer.latent_mean.device
-    shape = (tokenizer.d, *model.arguments["grid"])
+    channels = tokenizer.d + repa.extra_channels(model.arguments)
+    shape = (channels, *model.arguments["grid"])
     # a generator for each image: its noise is the same in any batch
     z1 = np.stack([rng(seed, "noise", int(i)).standard_normal(shape, np.float32) for i in indices])
     y = None if labels is None else torch.from_numpy(labels[indices].astype(np.int64)).to(device)
@@ -135,7 +137,7 @@ def generate(model, tokenizer, indices, labels, seed, times, method="euler", dty
     velocity = Velocity(model, y, **guidance)
     with runs.autocast(device, dtype):
         z0 = integrate(velocity, torch.from_numpy(z1).to(device), times, method)  # (B, d, h, w)
-    z0 = tokenizer.unnormalize(z0)
+    z0 = tokenizer.unnormalize(z0[:, :tokenizer.d])
     # a few at once: 128 channels of 64 images of 512 px are 2**31 numbers, too many for CUDA's
     # up-sampling. In fp32: bf16 lacks a pixel's 256 levels.
     few = max(1, 2 ** 15 // z0[0, 0].numel())
@@ -190,8 +192,10 @@ def load_dit(path):
         require("LightningDiT", state, path)
         if "ema" not in content:
             print_0(f"NOTE: {path} names no EMA: its weights are taken as they are")
-        arguments = content.get("arguments") or dit_arguments(state)
-        return build(LightningDiT, arguments, state, path).eval(), content
+        cls, arguments = LightningDiT, content.get("arguments") or dit_arguments(state)
+        if "align" in arguments:
+            cls, arguments, state = repa.for_sampling(arguments, state)
+        return build(cls, arguments, state, path).eval(), content
 
 
 def load_pair(args):
@@ -414,6 +418,8 @@ def main(argv=None):
     prompts, text = encode_prompts(args, model, learned, device)
     model.to(device)
     tokenizer.to(device)
+    if runs.compiles(args, device):
+        runs.compile_parts(model.compiled())
     labels = choose_labels(args.labels, model.num_classes, args.num, args.seed, names)
     dtype, times = runs.autocast_dtype(args.dtype, device), time_grid(args.steps, args.shift)
     guidance = {"cfg": args.cfg, "interval": args.cfg_interval, "channels": args.cfg_channels,

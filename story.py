@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from files import reading, write_atomically
 from runs import step_files
 
-COLUMNS = ["stage", "steps", "images", "rec", "psnr", "ssim", "probe", "probe_tokens"]
+COLUMNS = ["stage", "steps", "images", "rec", "psnr", "ssim", "probe"]
 CURVES = {  # figure -> title, colour, and how it stands beside a stage's images
     "psnr": ("PSNR, dB", "#0072b2", "{:.1f} dB"),
     "probe": ("linear probe of the latents, %", "#d55e00", "probe {:.0f} %")}
@@ -109,7 +109,7 @@ def chart(title, colour, curve, ends, of, k):
         at = place(0, y)[1]
         pen.line([k * left, k * at, k * right, k * at], fill="white", width=k)
         text(picture, k, (left - 6, at), f"{y:g}", "rm")
-    for x in ticks(0, end, 6):
+    for x in [x for x in ticks(0, end, 6) if x % 1 == 0]:
         text(picture, k, (place(x, 0)[0], down + 5), f"{x:,.0f}", "ma")
     text(picture, k, ((left + right) / 2, up - 42), title, "mm", colour, 18)
     text(picture, k, ((left + right) / 2, down + 34), of, "mm")

@@ -28,8 +28,10 @@ import runs
 import sample
 import train_dit
 import train_tokenizer as tt
+import vfm_vae
 from baselines import VAE
 from data import to_uint8
+from mmdit import MMDITS, DoubleBlock, MMDiT, SingleBlock
 from model import DECODERS, DITS, ENCODERS, Decoder, DINOv2, LightningDiT, Tokenizer, update_ema
 from test_smoke import complete, end, folder, random_weights, stage_by_hand, start
 
@@ -202,7 +204,7 @@ def waits(device):
         yield f"{name} waits for the device", 0, 0
 
 
-def compiled(device):
+def compiled(device, systems=("stage 2", "vavae", "lightningdit")):
     """Loss and gradients of compiled networks beside eager ones; the number of graphs. On a CPU
     the graphs are traced and run, but not turned into kernels, at the smallest sizes."""
     gpu = device.type == "cuda"
@@ -210,40 +212,62 @@ def compiled(device):
     dtype, small = (BF16 if gpu else FP32), {"ch": 4, "ch_mult": [1] * 5, "num_res_blocks": 0}
     decoder = DECODERS["vavae"] if gpu else small
     encoder = ENCODERS["vitb14"] if gpu else {"dim": 64, "depth": 2, "grid": 2}
-    side, dim = (256, 768) if gpu else (32, 64)
+    side, dim = (256, 768) if gpu else (64, 64)
     x = torch.rand(2, 3, side, side, device=device) * 2 - 1
     noise = torch.randn(2, 32, side // 16, side // 16, device=device)
     labels, t = torch.tensor([1, 3], device=device), torch.tensor([0.2, 0.7], device=device)
+    rows = torch.randn(2, 22 * 3 + 8, device=device)  # three tokens of text, and the pooled one
+
+    def objective(network, compile):
+        """The loss of a step of training, after its backward pass."""
+        if isinstance(network, (LightningDiT, MMDiT)):
+            with runs.autocast(device, dtype):
+                condition = labels if isinstance(network, LightningDiT) else rows
+                loss, *_ = losses.flow_matching(network, noise, noise.flip(0), t, condition, 1.0)
+            loss.backward()
+            return loss
+        frozen = Tokenizer(encoder, decoder).to(device).requires_grad_(False)
+        frozen.latent_std.fill_(1)
+        s, args = stage_by_hand(network, losses.PatchGAN(16).to(device), frozen)
+        s.autocast = functools.partial(runs.autocast, device, dtype)
+        s.lpips, args.w_p, inputs = random_weights(losses.LPIPS(), scale=0.02).to(device), 1.0, []
+        if compile:
+            runs.compile_parts([(s.lpips, "distance")])
+        if isinstance(network, VAE):
+            args.model, s.reference, inputs = "vavae", frozen.encoder, [noise]
+            s.objective = functools.partial(baselines.objective, s, args)
+        if isinstance(network, vfm_vae.VFMVAE):
+            s.stage, s.step, s.steps, args.w_gan, inputs = "strong", 0, 8, 1.0, [noise]
+            s.discriminator = s.ddp_discriminator = vfm_vae.Discriminators(
+                losses.PatchGAN(16), 16, last_stage=False).to(device)
+            s.objective = functools.partial(vfm_vae.objective, s, args)
+        gan = not hasattr(s, "stage")  # VFM-VAE has its own
+        return tt.training_step(x, inputs, s, args, gan, True)["rec"]
 
     def step(build, compile, checkpointing):
         torch.manual_seed(0)
         network = random_weights(build(), scale=0.02).to(device).train()
         flags = SimpleNamespace(compile=compile, checkpointing=checkpointing)
-        runs.make_fast(network, flags, device)
-        if isinstance(network, LightningDiT):
-            with runs.autocast(device, dtype):
-                loss, *_ = losses.flow_matching(network, noise, noise.flip(0), t, labels, 1.0)
-            loss.backward()
-        else:
-            frozen = Tokenizer(encoder, decoder).to(device).requires_grad_(False)
-            frozen.latent_std.fill_(1)
-            s, args = stage_by_hand(network, losses.PatchGAN(16).to(device), frozen)
-            s.autocast = functools.partial(runs.autocast, device, dtype)
-            if isinstance(network, VAE):
-                args.model, s.reference = "vavae", frozen.encoder
-                s.objective = functools.partial(baselines.objective, s, args)
-            inputs = [noise] if isinstance(network, VAE) else []
-            loss = tt.training_step(x, inputs, s, args, True, True)["rec"]
+        runs.make_fast(network, flags, device, vfm_vae.ConvNeXtLayer, DoubleBlock, SingleBlock)
+        with patch.object(vfm_vae, "draw_transform", lambda *_: vfm_vae.Transform()):
+            loss = objective(network, compile)
         return loss.item(), torch.cat([p.grad.flatten().float() for p in network.parameters()
                                        if p.grad is not None])
 
     stats = torch._dynamo.utils.counters
     dit = {"grid": noise.shape[2:], "d": 32, "num_classes": 5} | (
         DITS["B/1"] if gpu else {"dim": 32, "depth": 2, "heads": 2})
+    mmdit = {"grid": noise.shape[2:], "patch": 1, "text": 22, "pooled": 8} | MMDITS["tiny"]
+    vfm = vfm_vae.reading_sizes("tiny", DINOv2(**encoder))
+    # with LPIPS, whose five taps are five graphs
     for name, build, graphs, graphs_checkpointing in (
-            ("stage 2", lambda: Tokenizer(encoder, decoder), 2, 10 if gpu else 6),
-            ("vavae", lambda: VAE(decoder, 32, dim), 5, 10 if gpu else 5),
-            ("lightningdit", lambda: LightningDiT(**dit), 1, 1)):
+            ("stage 2", lambda: Tokenizer(encoder, decoder), 7, 15 if gpu else 11),
+            ("vavae", lambda: VAE(decoder, 32, dim), 10, 15 if gpu else 10),
+            ("vfm-vae", lambda: vfm_vae.VFMVAE({"dinov2": encoder}, **vfm), 11, 12),
+            ("lightningdit", lambda: LightningDiT(**dit), 1, 1),
+            ("mmdit", lambda: MMDiT(**mmdit), 2, 2)):
+        if name not in systems:
+            continue
         for checkpointing in (False, True):
             full = f"compiled {name}" + ", checkpointing" * checkpointing
             loss, gradients = step(build, False, checkpointing)
@@ -333,7 +357,8 @@ def scripts(device):
 # ---- to run them
 
 CHECKS = {"compare": compare, "sampler": sampler, "waits": waits, "compiled": compiled,
-          "fake": fake, "scripts": scripts}
+          "fake": fake, "scripts": scripts,
+          "others": functools.partial(compiled, systems=("vfm-vae", "mmdit"))}
 NEED_A_GPU = ("compare", "sampler", "waits")
 
 

@@ -52,6 +52,7 @@ import files
 import losses
 import mmdit
 import model
+import repa
 import runs
 import sample
 import story
@@ -62,7 +63,7 @@ import vfm_vae
 from baselines import VAE, FluxVAE
 from files import BatchedArray, UserError, load_encoder, load_file, load_tokenizer, save_checkpoint
 from mmdit import MMDITS, MMDiT
-from model import DECODERS, DITS, ENCODERS, DINOv2, LightningDiT, Tokenizer
+from model import DECODERS, DITS, ENCODERS, DINOv2, LightningDiT, SigLIP, Tokenizer, ViT
 from results import judge, t2i
 from toy import Shapes
 
@@ -339,8 +340,9 @@ def gaussian(mu, sigma):
 
 # ---------------------------------------------------------------------------------------- the house
 
-TIERS = [{"model", "losses"}, {"files", "mmdit"}, {"runs", "data"}, {"toy", "baselines", "captions", "vfm_vae"},
-         {"fid", "sample", "story"}, {"train_tokenizer", "train_dit"}]
+TIERS = [{"model", "losses"}, {"files", "mmdit", "repa"}, {"runs", "data"},
+         {"toy", "baselines", "captions", "vfm_vae"}, {"fid", "sample", "story"},
+         {"train_tokenizer", "train_dit"}]
 ON_TOP = {"test_smoke", "test_faults", "test_gpu", "bench", "results"}  # they may import anything
 
 
@@ -376,6 +378,12 @@ def test_parameter_counts():
             assert parameters(plain) == number and len(plain.state_dict()) == tensors, name
             assert parameters(reg) == number + 4 * plain.dim, name
             assert len(reg.state_dict()) == tensors + 1, name
+        for name, sizes in {"dino-s16": (21_665_664, 150), "dino-b16": (85_798_656, 150),
+                            "mae-b16": (85_798_656, 150), "mae-l16": (303_301_632, 294),
+                            "mae-h14": (630_764_800, 390),
+                            "siglip2-l16-512": (316_742_656, 400)}.items():
+            net = model.make_encoder(**ENCODERS[name])
+            assert (parameters(net), len(net.state_dict())) == sizes, name
         assert {name: parameters(LightningDiT(**DITS[name])) for name in dits} == dits
         vae, flux, flux2 = (VAE(DECODERS["vavae"]), FluxVAE(baselines.FLUX),
                             FluxVAE(baselines.FLUX, 32, flux2=True))
@@ -499,6 +507,53 @@ def test_position_embedding_rules():
         for k in range(3):
             assert np.allclose(found[..., k], pil_bicubic(grid[..., k], h, w), atol=1e-5)
     assert net.position_embedding(5, 5) is net.pos_embed
+    # the others: DINO v1 as a plain DINOv2; MAE and SigLIP2 by size, without antialias
+    dino, mae, siglip = ViT(64, 0, grid=5), ViT(64, 0, grid=5, fixed=True), SigLIP(64, 0, grid=5)
+    dino.pos_embed = mae.pos_embed = net.pos_embed
+    siglip.vision_model["embeddings"]["position_embedding"].weight.data = net.pos_embed[0, 1:]
+    assert torch.equal(dino.position_embedding(3, 7), net.position_embedding(3, 7))
+    rows = bicubic(grid.astype(float), 3, 3 / 5, -0.75).transpose(1, 0, 2)
+    expected = bicubic(rows, 7, 7 / 5, -0.75).transpose(1, 0, 2).reshape(21, 64)
+    for found in (mae.position_embedding(3, 7)[0, 1:], siglip.position_embedding(3, 7)):
+        assert np.allclose(found.detach(), expected, atol=1e-5)
+
+
+def test_plain_vit():
+    """DINO v1 and MAE are a DINOv2 whose LayerScale is 1; MAE's positions are sines and cosines of
+    column, then row, and zero for cls; heads are 64 wide, 80 in MAE's largest."""
+    for fixed in (False, True):
+        vit = random_weights(ViT(128, 2, patch=14, grid=3, fixed=fixed))
+        dino = DINOv2(128, 2, grid=3)
+        dino.load_state_dict(vit.state_dict(), strict=False)
+        x = torch.randn(2, 3, 42, 42)
+        assert all(map(torch.equal, vit(x), dino(x)))
+        assert [p is vit.pos_embed for p in vit.never_trains()] == [True] * fixed
+        assert vit.pos_embed.requires_grad != fixed
+    embedding = vit.pos_embed[0].view(10, 4, 32)
+    angle = 2 / 10000 ** (5 / 32)  # patch 5 of 3 x 3: row 1, column 2
+    values = [math.sin(angle), math.cos(angle), math.sin(angle / 2), math.cos(angle / 2)]
+    assert torch.allclose(embedding[6, :, 5], torch.tensor(values)) and not embedding[0].any()
+    assert "ViT takes sides divisible by 14" in error_of(vit, x[..., :40], kind=ValueError)
+    assert [ViT(dim, 1, grid=1).blocks[0].attn.heads for dim in (384, 1280)] == [6, 16]
+
+
+def test_siglip():
+    """In the vector's place: one learned query over the tokens, then an MLP; tanh GELU; pixels in
+    [-1, 1] as they are, 16 px a token."""
+    net, x = random_weights(SigLIP(64, 1, grid=2)), torch.rand(2, 3, 32, 48) * 2 - 1
+    net.vision_model["head"].attention.in_proj_bias.data.normal_()
+    assert torch.allclose(net.prepared(x), x, atol=1e-6)
+    vector, tokens = net(x)
+    head = net.vision_model["head"]
+    weights, biases = head.attention.in_proj_weight.chunk(3), head.attention.in_proj_bias.chunk(3)
+    q, k, v = (y @ w.T + b for y, w, b in zip((head.probe[0], tokens, tokens), weights, biases))
+    y = head.attention.out_proj((q @ k.transpose(1, 2) / 8).softmax(2) @ v)[:, 0]  # (B, D)
+    hidden = F.gelu(head.mlp.fc1(head.layernorm(y)), approximate="tanh")
+    assert torch.allclose(vector, y + head.mlp.fc2(hidden), atol=1e-4)
+    assert tokens.shape == (2, 6, 64) and torch.equal(net.features(x), net(net.prepared(x))[1])
+    net.features(x).square().sum().backward()
+    idle = {id(p) for p in net.parameters() if p.grad is None}  # DDP would wait for these
+    assert idle == {id(p) for p in net.never_trains()} == {id(p) for p in head.parameters()}
 
 
 def test_convolutional_parts():
@@ -655,9 +710,10 @@ def test_positions_against_loops():
                 assert abs(y[n, i + 1] - (b * cos + a * sin)) < 1e-5
 
 
-def plain_dit(S, z, t, y, heads):
+def plain_dit(S, z, t, y, heads, cls=None, taps=None):
     """LightningDiT from its published description, on a state dict in fp64; explicit softmax, no
-    modules."""
+    modules. cls: REG's noised class token, in front, without a position; taps: a list for the
+    tokens after each block and before the last map."""
     def linear(name, x):
         return x @ S[f"{name}.weight"].T + S[f"{name}.bias"]
 
@@ -675,6 +731,12 @@ def plain_dit(S, z, t, y, heads):
     x = torch.stack([(z[:, None, :, p * r:p * r + p, p * c:p * c + p] * kernel).sum((2, 3, 4))
                      for r, c in patches], 1)  # (B, N, D)
     x = x + S["x_embedder.proj.bias"] + model.sincos_embedding(h, w, D).double()
+    if cls is not None:
+        cls = linear("cls_embedder", cls)
+        cls = (cls - cls.mean(1, keepdim=True)) / (cls.var(1, False, keepdim=True) + 1e-5).sqrt()
+        cls = cls * S["cls_norm.weight"] + S["cls_norm.bias"]
+        x = torch.cat([cls[:, None], x], 1)
+        cos, sin = torch.cat([cos[:1] * 0 + 1, cos]), torch.cat([sin[:1] * 0, sin])
     angle = t[:, None] * 10000 ** (-torch.arange(128).double() / 128)
     c = linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], 1))
     c = linear("t_embedder.mlp.2", silu(c)) + S["y_embedder.embedding_table.weight"][y]
@@ -682,19 +744,23 @@ def plain_dit(S, z, t, y, heads):
     while (b := f"blocks.{i}.") + "norm1.weight" in S:
         a1, b1, g1, a2, b2, g2 = linear(f"{b}adaLN_modulation.1", c).split(D, -1)
         qkv = linear(f"{b}attn.qkv", norm(f"{b}norm1", x) * (1 + b1) + a1)
-        q, k, v = (p.reshape(B, h * w, heads, -1).transpose(1, 2) for p in qkv.split(D, -1))
+        q, k, v = (p.reshape(B, len(cos), heads, -1).transpose(1, 2) for p in qkv.split(D, -1))
         q = model.rotate(norm(f"{b}attn.q_norm", q), cos, sin)
         k = model.rotate(norm(f"{b}attn.k_norm", k), cos, sin)
         weights = torch.exp(q @ k.transpose(2, 3) / math.sqrt(D // heads))
         out = weights / weights.sum(-1, keepdim=True) @ v
-        x = x + g1 * linear(f"{b}attn.proj", out.transpose(1, 2).reshape(B, h * w, D))
+        x = x + g1 * linear(f"{b}attn.proj", out.transpose(1, 2).reshape(B, len(cos), D))
         hidden = norm(f"{b}norm2", x) * (1 + b2) + a2
         gate, value = linear(f"{b}mlp.w12", hidden).chunk(2, -1)
         x = x + g2 * linear(f"{b}mlp.w3", silu(gate) * value)
         i += 1
+        if taps is not None:
+            taps.append(x)
     shift, scale = linear("final_layer.adaLN_modulation.1", c).split(D, -1)
     x = norm("final_layer.norm_final", x) * (1 + scale) + shift
-    out, v = linear("final_layer.linear", x), torch.zeros_like(z)
+    if taps is not None:
+        taps.append(x)
+    out, v = linear("final_layer.linear", x[:, -h * w:]), torch.zeros_like(z)
     for n, (r, c) in enumerate(patches):  # a token's numbers: row, column, channel
         for k, (i, j, channel) in enumerate(np.ndindex(p, p, d)):
             v[:, channel, p * r + i, p * c + j] = out[:, n, k]
@@ -837,8 +903,11 @@ def test_mmdit_sizes():
 class Perceptual(torch.nn.Module):
     """In LPIPS' place. Like it, it sends gradients to its second image alone."""
 
-    def forward(self, x, y):
+    def distance(self, x, y):
         return 3 * (x.detach() - y).mean((1, 2, 3)).square()
+
+    def forward(self, x, y):
+        return self.distance(x, y)
 
 
 def test_reconstruction_loss():
@@ -1198,6 +1267,28 @@ def test_many_files():
     assert images.path(0) == f"{root}/{name}" and part.path(0) == images.path(1)
 
 
+def test_checkpoints_are_mapped():
+    """A checkpoint is read without a copy of its own in memory. What goes on from it has copied
+    all: its file may be written over."""
+    def anonymous():  # of this process's memory: what no file could give back; in KB
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+    if not Path("/proc/self/status").exists():
+        return
+    path, module = TMP / "mapped.pt", torch.nn.Linear(2 ** 11, 2 ** 11)
+    adam = torch.optim.Adam(module.parameters(), fused=True)
+    module(torch.randn(1, 2 ** 11)).sum().backward()
+    adam.step()
+    save_checkpoint(path, {"tokenizer": module.state_dict(), "opt": adam.state_dict()})  # 48 MB
+    before = anonymous()
+    content = load_file(path)
+    assert anonymous() - before < 4000
+    files.load_strictly(module, content["tokenizer"], path)
+    runs.load_optimiser(adam, content["opt"])
+    del content
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
 def test_unreadable():
     """A broken image is named before its batch. --check-data names all of them in a file;
     --skip-unreadable goes on without them, the same way again, if they are at most 1 %."""
@@ -1472,11 +1563,11 @@ def small_vfm(scale=2, foundation=None, **changed):
 def test_vfm_vae_sizes():
     """The parts' parameters and the official keys, at the released size."""
     with torch.device("meta"):
-        siglip = vfm_vae.SIGLIPS["siglip2-l16-512"]
-        sizes = vfm_vae.reading_sizes("paper", vfm_vae.SigLIP(**siglip))
+        siglip = {k: v for k, v in ENCODERS["siglip2-l16-512"].items() if k != "family"}
+        sizes = vfm_vae.reading_sizes("paper", SigLIP(**siglip))
         assert (sizes["layers"], sizes["scale"]) == ((0, 12, -1), 2)
         tok = vfm_vae.VFMVAE({"siglip": siglip}, **sizes)
-        d, vit = vfm_vae.MultiScalePatchGAN(), vfm_vae.ViT()
+        d, vit = vfm_vae.MultiScalePatchGAN(), ViT()
     adapter, synthesis = tok.ldm_adapter, tok.synthesis
     assert parameters(tok.vfm_encoder) == 316_742_656
     assert parameters(tok.vfm_encoder.encoder["vision_model"].vision_model["head"]) == 12_595_200
@@ -1508,7 +1599,7 @@ def test_vfm_vae_official_outputs():
     """Every array that the official code gave: encoder, projection, decoder, discriminator,
     DiffAug; weights loaded strictly under their own names."""
     state, given, out = fixture("siglip_vision")
-    siglip = vfm_vae.SigLIP(**vfm_vae.siglip_arguments(state) | {"heads": 4})
+    siglip = SigLIP(**model.siglip_arguments(state) | {"heads": 4})
     siglip.load_state_dict(state)
     for size in ("", "_96", "_32x48"):
         hidden = [siglip.embed(given["x" + size])]
@@ -1623,6 +1714,9 @@ def test_vfm_vae_encodes():
         last = dino((small - dino.pixel_mean) / dino.pixel_std)[1]
         assert torch.allclose(tok.features(x)[..., 128:], last, atol=1e-4)
         assert tok.encode(x).shape == (2, 8, 4, 8)
+    mae = small_vfm(1, {"mae": {"dim": 64, "depth": 2, "grid": 4}}, layers=(0, 1, -1))
+    last = mae.vfm_encoder.encoder["vision_model"].features(x)
+    assert torch.allclose(mae.features(x)[..., 128:], last, atol=1e-4)
 
 
 def test_vfm_vae_decodes():
@@ -1710,6 +1804,10 @@ def test_vfm_vae_equivariance():
     shrunk = F.interpolate(x, (64, 64), mode="bilinear", antialias=True)
     recon = tok(x, noise, 0.5, 0, True)[0]
     assert torch.allclose(recon, tok.decode(tok.encode(shrunk, noise[..., :4, :4])), atol=1e-4)
+    one = small_vfm(scale=1)
+    one.vfm_encoder.mode = "bicubic"  # DINOv2's, but not in this branch
+    recon = one(x, noise, 0.5, 0, True)[0]
+    assert torch.allclose(recon, one.decode(one.encode(shrunk, noise[..., :4, :4])), atol=1e-4)
     target = vfm_vae.transformed(x, vfm_vae.Transform(0.5, 1, False), "bilinear")
     assert torch.equal(target, torch.stack([shrunk[:, :, 63 - j] for j in range(64)], 3))
 
@@ -1854,12 +1952,12 @@ def test_vfm_vae_files():
     decoder = frozen(vfm_vae.load({k: v for k, v in bare.items() if "vfm_encoder" not in k}))
     assert torch.equal(decoder.decode(z), tok.decode(z))
     siglip = {k: v for k, v in tok.vfm_encoder.encoder["vision_model"].state_dict().items()}
-    assert vfm_vae.siglip_arguments(siglip) == {"dim": 64, "depth": 4, "hidden": 256, "patch": 16,
+    assert model.siglip_arguments(siglip) == {"dim": 64, "depth": 4, "hidden": 256, "patch": 16,
                                                "grid": 8}
     for words, call, *args in (
             ("can only decode", decoder.encode, x),
             ("no VFM-VAE", vfm_vae.load, siglip),
-            ("no SigLIP2", vfm_vae.siglip_arguments, DINOv2(64, 1, grid=4).state_dict()),
+            ("no SigLIP2", model.siglip_arguments, DINOv2(64, 1, grid=4).state_dict()),
             ("scale 1.5 does not fit patches of 16 px", small_vfm, 1.5),
             ("divisible by 4, not 4x6", tok.decode, torch.zeros(1, 8, 4, 6)),
             ("divisible by 16", tok.encode, torch.zeros(1, 3, 64, 72))):
@@ -2254,6 +2352,47 @@ def test_encoders_of_other_libraries():
         load_encoder(path)
 
 
+def test_families_of_encoders():
+    """A file's family follows from its names, DINO v1's or MAE's from its positions: with a
+    decoder, of transformers, a whole SigLIP2. Only the family's own sides and names pass."""
+    names = {"attn.qkv": TRANSFORMERS["attn.qkv"], "cls_token": "embeddings.cls_token",
+             "pos_embed": "embeddings.position_embeddings",
+             "patch_embed.proj": "embeddings.patch_embeddings.projection",
+             "blocks.": "encoder.layer.", "attn.proj": "attention.output.dense",
+             "norm1": "layernorm_before", "norm2": "layernorm_after",
+             "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+    dino, mae = (random_weights(ViT(64, 2, grid=3, fixed=fixed)) for fixed in (False, True))
+    siglip, zero, path = random_weights(SigLIP(64, 2, grid=3)), torch.zeros(1), str(TMP / "f.pt")
+    decoder = {"mask_token": zero, "decoder_pos_embed": zero, "decoder_blocks.0.norm1.bias": zero}
+    huge = ViT(64, 1, patch=14, grid=3, fixed=True).state_dict()
+    plain = {"dim": 64, "depth": 2, "patch": 16, "grid": 3}
+    for family, net, content in (
+            ("dino", dino, dino.state_dict()), ("mae", mae, {"model": mae.state_dict()}),
+            ("mae", mae, {"model": mae.state_dict() | decoder, "epoch": 3}),
+            ("mae", mae, {k: v.half() for k, v in mae.state_dict().items()}),
+            ("mae", mae, prefixed("vit.", renamed(mae.state_dict(), names))
+             | {"decoder.mask_token": zero}),
+            ("siglip", siglip, siglip.state_dict() | {"text_model.x": zero, "logit_scale": zero})):
+        torch.save(content, path)
+        found, arguments = load_encoder(path)
+        assert arguments.pop("hidden", 256) == 256
+        assert arguments == plain | {"family": family}
+        assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(
+            found.state_dict().values(), net.state_dict().values(), strict=True)), family
+        assert [p.shape for p in found.never_trains()] == [p.shape for p in net.never_trains()]
+    torch.save(huge, path)
+    assert load_encoder(path)[1] == plain | {"family": "mae", "depth": 1, "patch": 14}
+    for words, content in {"norm.weight": {k: v for k, v in huge.items() if k != "norm.weight"},
+                           "Unexpected key": dino.state_dict() | {"dist_token": zero}}.items():
+        torch.save(content, path)
+        assert words in error_of(load_encoder, path)
+    torch.save(mae.state_dict(), path)
+    with patch.object(files, "find_weights", lambda url, *_: path if "vit_large" in url else None):
+        assert "is not a mae-l16" in error_of(load_encoder, "mae-l16")
+    assert "no such size" in error_of(load_encoder, "random:mae-l16_reg4")
+    assert "is no DINOv2: it holds ViT" in error_of(fid.load_dinov2, path)
+
+
 def test_weights_of_other_networks():
     """They are named for what they are."""
     path = TMP / "other.pt"
@@ -2268,16 +2407,16 @@ def test_weights_of_other_networks():
             "CLIP (transformers)": ["vision_model.embeddings.class_embedding"],
             "CLIP (timm)": [*vit, "norm_pre.weight"],
             "SigLIP": ["vision_model.head.probe", "vision_model.encoder.layers.0.mlp.fc1.bias"],
-            "MAE": [*vit, "decoder_pos_embed"],
-            "another ViT": vit,
+            "another ViT": [*vit, "blocks.0.gamma_1"],
             "a ResNet": ["conv1.weight", "layer1.0.conv1.weight"]}.items():
         torch.save({"state_dict": dict.fromkeys(names, torch.zeros(1))}, path)
         if kind == "AlignTok":
             torch.save({name: {} for name in names}, path)
-        assert "no DINOv2: its names are those of " + kind.split(" (")[0] in error_of(
-            load_encoder, str(path))
+        error = error_of(load_encoder, str(path))
+        assert kind.split(" (")[0] in error, (kind, error)
+        assert kind == "SigLIP" or "is no DINOv2, SigLIP, MAE, DINO v1" in error, error
     torch.save({"fc.weight": torch.zeros(1)}, path)
-    assert "no DINOv2: names: fc.weight" in error_of(load_encoder, str(path))
+    assert "(a plain ViT): names: fc.weight" in error_of(load_encoder, str(path))
     torch.save(renamed(small_tokenizer().encoder.state_dict(), TRANSFORMERS), path)
     assert "DINOv2" in error_of(load_tokenizer, path, VAE)
     assert "no Inception" in error_of(fid.load_inception, path)
@@ -2708,6 +2847,7 @@ def test_steps_against_autograd():
     common += "--lr 1e-3 --encoder-lr 5e-4 --ema-decay 0.75"
     foundation = frozen(DINOv2(dim=64, depth=1, grid=4))
     with (folder() as d, patch.object(tt, "load_lpips", lambda *_: (Perceptual(), None)),
+          patch.dict(DECODERS, tiny=DECODERS["tiny"] | {"ch": 8}),
           patch.object(tt, "linear_probe", lambda *_: 0.0),
           patch("torch.compile", side_effect=lambda f, **_: f) as compiled,
           recorded(runs, "checkpoint_activations") as checkpointed):
@@ -2783,7 +2923,8 @@ def test_steps_against_autograd():
                 mean = (logs[0][k] + logs[1][k]).item() / 2
                 assert math.isclose(float(row[k]), mean, rel_tol=1e-4, abs_tol=1e-7), (name, k)
     blocks, = (call[0][0] for call in checkpointed)  # the VAE's alone, each compiled
-    assert compiled.call_count == len(blocks) > 10
+    distance, *parts = [call[0][0].__name__ for call in compiled.call_args_list]
+    assert distance == "distance" and parts == ["forward"] * len(blocks) and len(blocks) > 10
 
 
 class Brightness(torch.nn.Module):
@@ -2884,6 +3025,74 @@ def test_stages_train_what_they_say():
     assert Image.open(out / "stage2_step00000002.png").size == (8 * 32, 64)
 
 
+def test_stages_on_other_encoders():
+    """MAE and SigLIP2 in DINOv2's place: the image stays as it is, one token for 16 px; what stage
+    2 leaves alone; the tokenizer is rebuilt from its file."""
+    rows = {f"{family}-mini": {"family": family, "dim": 64, "depth": 1, "patch": 16, "grid": 3}
+            for family in ("mae", "siglip")}
+    with (patch.dict(ENCODERS, rows), folder() as d, patch.object(tt, "linear_probe", lambda *_: 0),
+          patch.dict(DECODERS, tiny=DECODERS["tiny"] | {"ch": 16})):
+        for name, still in {"mae-mini": {"pos_embed"}, "siglip-mini": {
+                k for k in SigLIP(64, 1, grid=3).state_dict() if ".head." in k}}.items():
+            out = d / name
+            execute(tt, *SMALL, "--encoder", f"random:{name}", "--steps", 1, "--out", out)
+            one, two, three = (load_file(out / f"stage{n}.pt")["tokenizer"] for n in (1, 2, 3))
+            stay = {k for k in one if "encoder." in k and torch.equal(one[k], two[k])}
+            stay -= {k for k in stay if "k_proj.bias" in k}  # softmax does not see it
+            assert stay == {f"encoder.{k}" for k in still}, (name, stay)
+            assert all(torch.equal(two[k], three[k]) for k in two if "encoder." in k)
+            tok = load_tokenizer(out / "stage3.pt")
+            with recorded(tok.encoder, "forward") as calls:
+                assert tok.encode(torch.zeros(1, 3, 48, 64)).shape == (1, 32, 3, 4)
+            assert calls[0][0][0].shape == (1, 3, 48, 64)
+
+
+def test_lora():
+    """--lora: stage 2 trains two factors of each linear map in E_p's blocks and nothing else of it;
+    step 0 is stage 1; an exact resume; the result, merged, is an ordinary tokenizer."""
+    tok, x = small_tokenizer(), torch.rand(2, 3, 32, 32) * 2 - 1
+    begin, before = copy.deepcopy(tok.state_dict()), tok.encode(x)
+    model.add_lora(tok.encoder, 2)
+    assert torch.equal(tok.encode(x), before), "B is zero"
+    factors = {k: p for k, p in tok.encoder.named_parameters() if p.requires_grad}
+    assert factors.keys() == {f"blocks.0.{m}.{k}" for k in "AB" for m in (
+        "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    random_weights(tok)
+    A, B = (factors[f"blocks.0.attn.qkv.{k}"].detach() for k in "AB")
+    assert A.shape == (2, 64) and B.shape == (192, 2)
+    with torch.no_grad():
+        unmerged, by_hand = tok.encode(x), begin["encoder.blocks.0.attn.qkv.weight"] + B @ A
+    model.merge_lora(tok.encoder)
+    with torch.no_grad():
+        assert (tok.encode(x) - unmerged).abs().max() <= 1e-5 * unmerged.abs().max()
+    assert torch.allclose(tok.encoder.blocks[0].attn.qkv.weight, by_hand, atol=1e-6)
+    assert tok.state_dict().keys() == begin.keys()
+    assert not torch.allclose(unmerged, before, atol=1e-2)
+
+    with patch.object(tt, "linear_probe", lambda *_: 0), folder() as d:
+        flags = [*SMALL, "--stage", 2, "--init", small_run() / "stage1.pt", "--lora", 3]
+        execute(tt, *flags, "--steps", 3, "--out", d / "a")
+        for steps in (1, 3):
+            execute(tt, *flags, "--steps", steps, "--save-every", 1, "--out", d / "b")
+        assert same(*(load_file(d / out / "stage2.pt") for out in "ab")) is None
+        steps = [load_file(d / "b" / f"stage2_step{n:08d}.pt") for n in (2, 3)]
+        moved = {k for k, v in steps[1]["tokenizer"].items()
+                 if "encoder." in k and not torch.equal(v, steps[0]["tokenizer"][k])}
+        assert len(moved) == 2 * 4 * 4 and all(k[-2:] in (".A", ".B") for k in moved), moved
+        one, two = load_tokenizer(small_run() / "stage1.pt"), load_tokenizer(d / "a" / "stage2.pt")
+        ema = steps[1]["ema"]
+        for k, v in two.encoder.state_dict().items():
+            name = f"encoder.{k.removesuffix('weight')}"
+            delta = ema[f"{name}B"] @ ema[f"{name}A"] if f"{name}A" in ema else 0 * v
+            moved = v - one.encoder.state_dict()[k]
+            assert torch.allclose(moved, delta, atol=1e-7), k
+        with refused("lora 3 -> None"):
+            execute(tt, *flags[:-2], "--steps", 4, "--out", d / "b")
+        for more in (["--stage", 1], ["--stage", 3], ["--model", "vae"], ["--model", "vfmvae"]):
+            with refused("--lora goes with --stage 2"):
+                execute(tt, *SMALL, "--lora", 3, *more, "--out", d / "none")
+
+
 def test_story():
     """Rows: originals, then each stage's last grid. Curves: held-out figures of the result on a
     quarter of the images, with a probe of a sixteenth of the training ones. held_out.csv holds
@@ -2930,7 +3139,7 @@ def test_story():
         assert Image.open(d / "story.png").size == (2 * (story.WIDTH + story.GAP), 2 * (
             3 * (k + story.GAP) + story.GAP + story.HEIGHT))
         assert (d / "held_out.csv").read_text().splitlines()[1:] == [
-            "stage1,10,5,,9,,50,", "vae,30,5,,19,,nan,"]
+            "stage1,10,5,,9,,50", "vae,30,5,,19,,nan"]
         with recorded(story, "chart") as charts:  # one point, no labels
             story.tell(d / "vae_step00000030.png", "vae", 5, {"psnr": 7.0, "images": 9})
         assert [call[0][2] for call in charts] == [[(5, 7.0)]]
@@ -3142,10 +3351,19 @@ def test_baselines():
             execute(tt, *flags, "--model", *more, "--out", TMP / "none")
 
 
+MINI_VFM = {"scale": 1, "width": 64, "expansion": 32, "style": 16,
+            "synthesis": {"channels": (32, 32, 16, 16, 16, 16), "injections": (32, 16, 16, 16),
+                          "layers": (1,) * 6, "kernels": (3,) * 6,
+                          "attentions": (1, 0, 0, 0, 0, 0), "noise": 0}}
+
+
+@patch.dict(vfm_vae.VFM_VAES, tiny=MINI_VFM)
+@patch.object(tt, "linear_probe", lambda *_: 0.0)
 def test_vfm_vae_trains():
-    """Its four stages: what trains, what stays, the log; an exact resume, draws and all; two ranks;
-    its tokenizer serves the other scripts; each mistake is one line."""
-    run, flags = TMP / "vfm", [*SMALL, "--model", "vfmvae", "--size", 64]
+    """Its four stages: what trains, what stays, the log; an exact resume, draws and all; its
+    tokenizer serves the other scripts; each mistake is one line."""
+    run, flags = TMP / "vfm", [*SMALL, "--model", "vfmvae", "--size", 64, "--val-images", 12,
+                               "--encode-images", 24]
     execute(tt, *flags, "--steps", 2, "--out", run)
     stages, finals = list(vfm_vae.STAGES), []
     encoder = {"post_quant", "patch_quants", "final_quant", "linear_proj"}
@@ -3176,15 +3394,15 @@ def test_vfm_vae_trains():
     opt = finals[0]["opt_d"]["param_groups"][0]
     assert (opt["lr"], opt["betas"]) == (1e-3, (0.0, 0.99))
 
-    again, one = TMP / "vfm-again", [*flags, "--stage", "strong", "--steps"]
-    for out, steps in ((again, 1), (again, 3), (TMP / "vfm-whole", 3)):
-        execute(tt, *one, steps, "--out", out, "--save-every", 1)
-    a, b = (load_file(out / "strong_step00000003.pt") for out in (again, TMP / "vfm-whole"))
+    again = TMP / "vfm-again"
+    for steps in (1, 2):
+        execute(tt, *flags, "--stage", "strong", "--steps", steps, "--out", again)
+    a, b = (load_file(out / "strong_step00000002.pt") for out in (again, run))
     assert (difference := same(a, b)) is None, difference
-    complete("train_tokenizer.py", *flags, "--stage", "patchgan", "--init", run / "ssim.pt",
-             "--steps", 2, "--out", TMP / "vfm-ranks", "--encode-images", 20, ranks=2)
+    execute(tt, *flags, "--stage", "patchgan", "--init", run / "ssim.pt", "--steps", 1, "--out",
+            TMP / "vfm-less", "--encode-images", 20)
     stay = [load_file(out)["tokenizer"]["latent_std"]
-            for out in (run / "ssim.pt", TMP / "vfm-ranks" / "patchgan.pt")]
+            for out in (run / "ssim.pt", TMP / "vfm-less" / "patchgan.pt")]
     assert torch.equal(*stay), "the decoder's stages keep the statistics, of whatever images"
 
     weak, last = (load_tokenizer(run / f"{stage}.pt", vfm_vae.VFMVAE)
@@ -3210,8 +3428,8 @@ def test_vfm_vae_trains():
             ("latent sides by 4", "not 80"): ["--size", 80],
             ("--batch-size 9", "equal groups of at most 8"): ["--batch-size", 9],
             ("give its file", "siglip2"): ["--encoder", "siglip2-l16-512"],
-            ("no SigLIP2",): ["--encoder", TMP / "no-siglip.pt"],
-            ("--dino", vfm_vae.DINO_URL): ["--dino", TMP / "nothing.pth"]}.items():
+            ("is no DINOv2, SigLIP",): ["--encoder", TMP / "no-siglip.pt"],
+            ("--dino", files.ENCODER_URLS["dino-s16"]): ["--dino", TMP / "nothing.pth"]}.items():
         torch.save({"vision_model.x": torch.zeros(1)}, TMP / "no-siglip.pt")
         with refused(*words):
             execute(tt, *flags, "--steps", 1, "--out", TMP / "vfm-none", *more)
@@ -3264,7 +3482,8 @@ def test_two_ranks_equal_one_process():
         out = TMP / f"ranks{ranks}"
         complete(fp64, "train_tokenizer.py", *SMALL, "--stage", "2",
                  "--init", small_run() / "stage1.pt", "--steps", "1", "--batch-size", "8",
-                 "--accum", "2", "--out", out, ranks=ranks)
+                 "--accum", "2", "--val-images", "4", "--encode-images", "12", "--out", out,
+                 ranks=ranks)
         rows += rows_of(out)
         saved.append(load_file(out / "stage2_step00000001.pt"))
     one, two = rows
@@ -3323,6 +3542,134 @@ def test_tokenizer_errors():
             execute(tt, *SMALL, "--steps", 1, "--out", out)
     assert "cut.pt" in error_of(load_tokenizer, cut)
     assert "take the stage's final one" in error_of(load_tokenizer, resume)
+
+
+# ------------------------------------------------------------------------------------------ repa.py
+
+def small_aligned(align, **changed):
+    sizes = {"dim": 32, "depth": 5, "heads": 2, "d": 4, "num_classes": 5, "grid": (2, 4)}
+    return random_weights(repa.AlignedDiT(align, 24, qk_norm=True, **sizes | changed))
+
+
+def test_repa_and_reg():
+    """Loss and gradients against plain autograd: -.5 cos with the encoder's tokens after block
+    5 * 8/28, REG's class token at .03; the velocity that sample.py integrates."""
+    encoder = random_weights(ViT(24, 1, grid=3)).requires_grad_(False).double()
+    images = torch.rand(3, 3, 32, 64) * 2 - 1
+    z0, z1 = torch.randn(2, 3, 4, 2, 4).double()
+    t, n, y = torch.rand(3).double(), torch.randn(3, 24).double(), torch.tensor([0, 5, 2])
+    prepared = ((images + 1) / 2 - encoder.pixel_mean) / encoder.pixel_std
+    with torch.no_grad():
+        cls, tokens = encoder(prepared.double())
+    def check(align):
+        net = small_aligned(align).double()
+        S, a, taps = dict(net.named_parameters()), t.view(-1, 1, 1, 1), []
+        cls_t = (1 - t[:, None]) * cls + t[:, None] * n if align == "reg" else None
+        v = plain_dit(S, (1 - a) * z0 + a * z1, t, y, 2, cls_t, taps)
+        u, P = z1 - z0, taps[0]  # after the first of five
+        for i in (0, 2, 4):
+            P = P @ S[f"projector.{i}.weight"].T + S[f"projector.{i}.bias"]
+            P = P * torch.sigmoid(P) if i < 4 else P
+        target = tokens if align == "repa" else torch.cat([cls[:, None], tokens], 1)
+        pairs = zip(P.flatten(0, 1), target.flatten(0, 1))
+        cosines = [p @ f / p.norm() / f.norm() for p, f in pairs]
+        by_hand = {"align": -sum(cosines) / len(cosines)}
+        expected = ((v - u) ** 2).mean() + 0.5 * by_hand["align"]
+        expected += 0.3 * (1 - (v * u).sum(1) / v.norm(dim=1) / u.norm(dim=1)).mean()
+        if align == "reg":
+            v_cls = taps[-1][:, 0] @ S["cls_out.weight"].T + S["cls_out.bias"]
+            by_hand["class"] = ((v_cls - (n - cls)) ** 2).mean()
+            expected += 0.03 * by_hand["class"]
+        loss, mse, _, terms = repa.flow_matching(encoder, net, z0, z1, t, y, 0.3, images, n)
+        close(loss.item(), expected.item(), 1e-6)
+        assert terms.keys() == by_hand.keys()
+        assert torch.allclose(mse, ((v - u) ** 2).mean((1, 2, 3)))
+        for name, value in by_hand.items():
+            close(terms[name].item(), value.item(), 1e-6)
+        trained = {k: p for k, p in S.items() if p.requires_grad}
+        grads = [torch.autograd.grad(f, list(trained.values())) for f in (loss, expected)]
+        for k, g, g_by_hand in zip(trained, *grads):
+            assert (g - g_by_hand).norm() <= 1e-5 * g_by_hand.norm() + 1e-12, (align, k)
+
+        # for sampling: the class token in 3 channels of 2 x 4, F = 24, behind the latents
+        z_t = (1 - a) * z0 + a * z1
+        if align == "reg":
+            both = torch.cat([z_t, cls_t.view(3, 3, 2, 4)], 1)
+            assert net.extra == 3 and torch.allclose(net(both, t, y)[:, :4], v, atol=1e-6)
+            assert torch.allclose(net(both, t, y)[:, 4:].flatten(1), v_cls, atol=1e-6)
+            assert small_aligned("reg", grid=(4, 4)).extra == 2, "filled up"
+        else:
+            assert torch.allclose(net(z_t, t, y), v, atol=1e-6)
+        cls_of, arguments, state = repa.for_sampling(net.arguments, net.state_dict())
+        bare = cls_of(**arguments)
+        bare.load_state_dict(state)
+        assert ("projector" in str(state.keys())) is False
+        assert type(bare) is (LightningDiT if align == "repa" else repa.AlignedDiT)
+    with patch.object(torch.Tensor, "float", torch.Tensor.double):
+        for align in ("repa", "reg"):
+            check(align)
+    fresh = repa.AlignedDiT("reg", 24, dim=32, depth=28, heads=2, d=4, grid=(2, 4))
+    assert fresh.tap == 8 and not fresh(torch.randn(2, 7, 2, 4), torch.rand(2), y[:2]).any()
+    assert fresh.projector[0].out_features == 128
+
+
+def test_train_with_repa_and_reg():
+    """--align: an exact resume, with the latents cached or not; what the encoder sees is what was
+    encoded, flips and all; both are sampled, REG's class token by the same steps as z; each mistake
+    is one line."""
+    with folder() as d, mini_size():
+        torch.manual_seed(0)
+        torch.save(random_weights(ViT(24, 1, grid=2)).state_dict(), d / "vit.pth")
+        ours = [*mini_dit(d), "--log-every", 1, "--align-encoder", d / "vit.pth", "--cache",
+                d / "z.npy"]
+        for align in ("repa", "reg"):
+            a, b = d / align, d / f"{align}-again"
+            flags = [*ours, "--align", align]
+            with recorded(repa, "flow_matching") as calls:
+                execute(train_dit, *flags, "--out", a, "--steps", 3)
+            last = "dit_step00000003.pt"
+            if align == "reg":
+                for steps in (1, 3):
+                    execute(train_dit, *flags, "--out", b, "--steps", steps)
+                assert same(*(load_file(out / last) for out in (a, b))) is None
+            rows = rows_of(a)
+            assert all(float(row["align"]) and bool(row["class"]) == (align == "reg")
+                       for row in rows)
+            tok = load_tokenizer(d / "tok.pt")
+            for (_, _, z0, _, _, _, _, images, n), _ in calls:
+                assert torch.allclose(tok.normalize(tok.encode(images)), z0, atol=0.02)
+                assert n.shape == (8, 24) and len({*n[:, 0].tolist()}) == 8
+
+            execute(sample, "--preset", "tiny", "--dit", a / last, "--tokenizer", d / "tok.pt",
+                    "-n", 2, "--steps", 2, "--cfg", 1, "--out", d / f"{align}.npz")
+            saved = load_file(a / last)
+            net = repa.AlignedDiT(**saved["arguments"])
+            net.load_state_dict(saved["ema"])
+            assert saved["model"].keys() == saved["ema"].keys()
+            start = [data.rng(0, "noise", i).standard_normal((8 + net.extra, 2, 2), np.float32)
+                     for i in (0, 1)]
+            z = torch.from_numpy(np.stack(start))
+            z, cls, y = z[:, :8], z[:, 8:].flatten(1)[:, :24], torch.tensor([0, 1])
+            with torch.no_grad():
+                for t in (1.0, 0.5):
+                    v, v_cls, _ = net(z, torch.full((2,), t), y, cls)
+                    z, cls = z - 0.5 * v, cls - 0.5 * v_cls if align == "reg" else cls
+                expected = data.to_uint8(tok.decode(tok.unnormalize(z)))
+            found = np.load(d / f"{align}.npz")["arr_0"]
+            assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
+        execute(train_dit, *flags, "--no-cache", "--out", d / "fresh", "--steps", 1)
+        assert math.isclose(float(rows_of(d / "fresh")[0]["loss"]), float(rows[0]["loss"]),
+                            rel_tol=2e-3)
+        for words, more in {
+                ("align reg -> repa",): ["--align", "repa", "--out", a],
+                ("--align-encoder ENCODER", "go together"): [],
+                ("no DINOv2, SigLIP",): ["--align=reg", "--align-encoder", d / "tok.pt"]}.items():
+            with refused(*words):
+                execute(train_dit, *ours, "--steps", 4, "--out", d / "none", *more)
+        with refused("--captions and --align exclude each other"):
+            train_dit.parse(["--align", "reg", "--align-encoder", "vitb14", "--captions"])
+        with refused("go together"):
+            train_dit.parse(["--align", "reg"])
 
 
 # ------------------------------------------------------------------------------------- train_dit.py
@@ -3853,7 +4200,8 @@ def test_images_do_not_depend_on_the_batch():
     assert (first[0] - first[1]).abs().max() > 1e-2 * scale  # and it does depend on i
 
     # large ones are decoded a few at once: 2**31 numbers are too many for a GPU's up-sampling
-    still = Mock(side_effect=lambda z, t, y: 0 * z, num_classes=0, arguments={"grid": (128, 128)})
+    still = Mock(side_effect=lambda z, t, y: 0 * z, num_classes=0, extra=0,
+                 arguments={"grid": (128, 128)})
     large = SimpleNamespace(latent_mean=torch.zeros(1), d=1, unnormalize=lambda z: z,
                             decode=Mock(side_effect=lambda z: z))
     images, _ = sample.generate(still, large, np.arange(5), None, 0, [1.0, 0.0])
@@ -3949,9 +4297,13 @@ def test_sample_flags():
             execute(sample, *ours, *flags, "--overwrite")
             last = np.load(d / "a.npz")["arr_0"].astype(float)
             assert np.abs(last - want).max() <= 1, more
-        with recorded(sample, "generate") as calls:
-            for out in (d / "b", d / "b.npz"):
-                execute(sample, *ours, *flags, "--dtype", "bf16", "--batch-size", 2, "--out", out)
+        with (recorded(sample, "generate") as calls,
+              patch("torch.compile", side_effect=lambda f, **_: f) as compiled):
+            for out, compile in ((d / "b", []), (d / "b.npz", ["--compile"])):
+                assert not compiled.called
+                execute(sample, *ours, *flags, *compile, "--dtype", "bf16", "--batch-size", 2,
+                        "--out", out)
+            assert compiled.call_count == len(dit.blocks)
         assert [len(images) for _, (images, _) in calls] == [2, 2, 1] * 2
         bf16 = calls[0][1][0]
         assert bf16.dtype == torch.float32, "the decoder's"

@@ -19,6 +19,8 @@ is a function of (seed, epoch, image).
 Departures from LightningDiT's code: the paper's direction of time; the gradient is clipped; the
 loader (FlowData) draws the noise and drops the labels.
 
+With --align repa or reg it learns the features of a foundation encoder too: repa.py.
+
 From text (mmdit.py, captions.py): the paper names neither text encoders nor recipe. y is a row of
 text in the class' place, the empty prompt's where it is dropped; t is shifted as FLUX's sampler
 shifts it; images are not flipped.
@@ -39,6 +41,7 @@ from tqdm import tqdm
 
 import captions
 import losses
+import repa
 import runs
 import toy
 from data import (
@@ -59,6 +62,7 @@ from files import (
     BatchedArray,
     UserError,
     fingerprint,
+    load_encoder,
     print_0,
     reading,
     require_statistics,
@@ -71,23 +75,26 @@ from sample import choose_labels, generate, grid_rows, open_text_encoder, text_f
 BINS = 5  # of t, in the log
 COLUMNS = ["step", "loss", "mse", "cosine", "grad_norm",
            *(f"mse_t{i / BINS:g}-{(i + 1) / BINS:g}" for i in range(BINS))]
+ALIGN_COLUMNS = ["align", "class"]
 
 
 # ---- training
 
 def training_step(batch, s, args, last):
     """One micro-batch: backward through the flow-matching loss. batch: (z0, or with --no-cache the
-    images; y; N(0, 1) for t; z1). Returns what is logged, as scalars on the device."""
-    z0, y, normal, z1 = batch
+    images; y; N(0, 1) for t; z1; with --align what repa.flow_matching takes). Returns what is
+    logged, as scalars on the device."""
+    z0, y, normal, z1, *aligned = batch
     if s.encode:
         with torch.no_grad():
             z0 = s.tokenizer.normalize(s.tokenizer.encode(z0))  # (B, d, h, w)
     t = losses.logit_normal(normal, s.shift)  # (B,)
     with runs.no_sync(s.ddp_model, not last):
         with s.autocast():
-            loss, mse, cosine = losses.flow_matching(s.ddp_model, z0, z1, t, y, args.w_cos)
+            loss, mse, cosine, *terms = s.flow_matching(
+                s.ddp_model, z0, z1, t, y, args.w_cos, *aligned)
         (loss / args.accum).backward()
-    log = {"loss": loss.detach(), "mse": mse.mean(), "cosine": cosine}
+    log = {"loss": loss.detach(), "mse": mse.mean(), "cosine": cosine} | dict(*terms)
     sums, numbers = by_time(mse, t)
     for i in range(BINS):
         log |= {f"sum{i}": sums[i], f"number{i}": numbers[i]}
@@ -128,7 +135,7 @@ def by_time(values, t):
 def averages(meter):
     """A row of log.csv, over all ranks; a bin's squared error is its sum over its number."""
     mean = meter.average()
-    row = {k: mean[k] for k in ("loss", "mse", "cosine")}
+    row = {k: mean[k] for k in ("loss", "mse", "cosine", *ALIGN_COLUMNS) if k in mean}
     for i, column in enumerate(COLUMNS[-BINS:]):
         number = mean[f"number{i}"]
         row[column] = mean[f"sum{i}"] / number if number else ""
@@ -200,12 +207,13 @@ def cached_latents(path, tokenizer, data, args, device, views=2):
 
 class FlowData(Dataset):
     """What a loader reads: item (epoch, i) is (x, y, normal, z1). x: the latent (d, h, w) of image
-    i, or without `latents` its pixels, maybe flipped. y: its class, or K where the label is
+    i, or without `latents` its pixels, maybe flipped; with `aligned`, an encoder's width, the
+    pixels follow z1, and noise of that width. y: its class, or K where the label is
     dropped; with `text` (captions.cached_text) the row of its caption, or of the empty one, and no
     flip. normal ~ N(0, 1) makes t. z1: noise (d, h, w)."""
 
-    def __init__(self, data, latents, shape, num_classes, args, text=None):
-        self.data = data if latents is None else None
+    def __init__(self, data, latents, shape, num_classes, args, text=None, aligned=0):
+        self.data, self.aligned = data if latents is None or aligned else None, aligned
         self.labels, self.latents, self.shape = data.labels, latents, shape
         self.num_classes, self.label_drop, self.text = num_classes, args.label_drop, text
         self.size, self.seed = args.size, args.seed
@@ -217,20 +225,23 @@ class FlowData(Dataset):
         flip &= self.text is None
         normal = torch.tensor(r.standard_normal()).float()
         z1 = torch.from_numpy(r.standard_normal(self.shape, np.float32))
-        if self.latents is not None:
-            x = torch.from_numpy(self.latents[i, int(flip)].astype(np.float32))
-        else:
+        if self.data is not None:
             try:
-                x = to_tensor(to_pixels(center_crop(self.data.image(i), self.size)))
+                x = image = to_tensor(to_pixels(center_crop(self.data.image(i), self.size)))
             except UserError as e:  # see Crops
                 return e
             if flip:
-                x = x.flip(2)
+                x = image = image.flip(2)
+        if self.latents is not None:
+            x = torch.from_numpy(self.latents[i, int(flip)].astype(np.float32))
         K = self.num_classes
         if self.text is not None:
             y = torch.from_numpy(self.text[-1 if dropped else i].astype(np.float32))
         else:
             y = K if dropped or not K else int(self.labels[i])
+        if self.aligned:
+            n = torch.from_numpy(r.standard_normal(self.aligned, np.float32))
+            return x, y, normal, z1, image, n
         return x, y, normal, z1
 
     def __getstate__(self):
@@ -260,11 +271,21 @@ def set_up(args, run, tokenizer, data, device):
         views=1 if args.captions else 2)
     text = set_up_text(args, run, data, device) if args.captions else None
 
+    flow_matching, aligned = losses.flow_matching, None
+    if args.align:
+        with runs.rank_0_first():
+            aligned = load_encoder(args.align_encoder)[0]
+        aligned.to(device).requires_grad_(False).eval()
+        flow_matching = partial(repa.flow_matching, aligned)
+
     torch.manual_seed(int(rng(args.seed, "init").integers(2 ** 62)))  # the same on every rank
     side = args.size // tokenizer.factor
     latent = {"d": tokenizer.d, "grid": [side, side], "patch": patch}
     if text:
         model = MMDiT(**MMDITS[args.model], **latent, **text.widths).to(device)
+    elif args.align:
+        model = repa.AlignedDiT(args.align, aligned.dim, **DITS[args.model], **latent,
+                                num_classes=K, qk_norm=args.qk_norm).to(device)
     else:
         model = LightningDiT(**DITS[args.model], **latent, num_classes=K,
                              qk_norm=args.qk_norm).to(device)
@@ -276,7 +297,7 @@ def set_up(args, run, tokenizer, data, device):
               "dtype": str(dtype).removeprefix("torch."), "cached": latents is not None}
     recipe |= {k: getattr(args, k) for k in (
         "model", "qk_norm", "size", "batch_size", "accum", "lr", "beta2", "clip", "w_cos",
-        "label_drop", "ema_decay", "seed")}
+        "label_drop", "ema_decay", "seed", "align", "align_encoder")}
     if text:
         recipe |= text.recipe
     s = SimpleNamespace(
@@ -284,6 +305,7 @@ def set_up(args, run, tokenizer, data, device):
         log_every=args.log_every, shown=("mse", "cosine"), classes=data.classes if K else [],
         tokenizer=tokenizer, model=model, ema=ema, trained=trained, opt=opt,
         meter=runs.Meter(device), encode=latents is None, dtype=dtype, text=text,
+        flow_matching=flow_matching, aligned=aligned.dim if aligned else 0,
         shift=time_shift((side // patch) ** 2) if text else 1.0,
         autocast=partial(runs.autocast, device, dtype))
     s.networks, s.optimisers = {"model": model, "ema": ema}, {"opt": opt}  # in a checkpoint
@@ -305,7 +327,7 @@ def training_latents(s, args, run, data, latents, world, device):
         f"parameters train; latents {'x'.join(map(str, shape))}, {kind}\n"
         f"{runs.describe(s, args, len(data), world)} = {epochs:.1f} epochs\n"
         f"  {device.type}, {s.recipe['dtype']}, latents {'encoded anew' if s.encode else 'cached'}")
-    flow = FlowData(data, latents, shape, K, args, s.text and s.text.rows)
+    flow = FlowData(data, latents, shape, K, args, s.text and s.text.rows, s.aligned)
     return batches(flow, order, args.workers, device)
 
 
@@ -368,6 +390,9 @@ def parse(argv=None):
         help="largest norm of the gradient; inf: none (default: %(default)s)")
     add("--w-cos", type=weight, default=1.0,
         help="weight of the velocity-direction loss (default: %(default)s)")
+    add("--align", choices=["repa", "reg"],
+        help="learn the features of --align-encoder too (repa), and to draw its class token (reg)")
+    add("--align-encoder", help="vitb14, another name, or a file, as train_tokenizer.py --encoder")
     add("--label-drop", type=fraction, default=0.1,
         help="part of labels dropped, for guidance (default: %(default)s)")
     add("--cache", help="file of the latents (default: latents.npy in --out); runs may share it")
@@ -381,7 +406,11 @@ def parse(argv=None):
     if args.model not in sizes:
         raise UserError(f"--model {args.model} is a size {'without' if args.captions else 'of'} "
                         f"--captions; here: {', '.join(sizes)}")
-    for flag in ("unconditional", "val", "qk_norm"):  # no class, nothing held out, always on
+    if bool(args.align) != bool(args.align_encoder):
+        raise UserError("--align repa or reg and --align-encoder ENCODER (such as vitb14, or a "
+                        "file) go together")
+    # no class, nothing held out, always on, LightningDiT's
+    for flag in ("unconditional", "val", "qk_norm", "align"):
         if args.captions and getattr(args, flag):
             raise UserError(f"--captions and --{flag.replace('_', '-')} exclude each other")
     return args
@@ -391,7 +420,7 @@ def main(argv=None):
     args = parse(argv)
     rank, world, device = runs.setup_ranks()
     runs.check_batch_size(args, world)
-    with runs.Run(args.out, rank, COLUMNS) as run:
+    with runs.Run(args.out, rank, COLUMNS + ALIGN_COLUMNS * bool(args.align)) as run:
         tokenizer, args.size = open_tokenizer(args.tokenizer, args.size, device)
         if args.data == "shapes":
             data, _ = toy.open_shapes(args.val, args.size, args.val_images)

@@ -50,6 +50,7 @@ from data import (
 )
 from fid import encode_images, linear_probe, psnr, ssim
 from files import (
+    ENCODER_URLS,
     UserError,
     build,
     check_same,
@@ -62,10 +63,9 @@ from files import (
     print_0,
     reading,
     save_checkpoint,
-    sha256,
     warn,
 )
-from model import DECODERS, Tokenizer, update_ema
+from model import DECODERS, Tokenizer, add_lora, merge_lora, update_ema
 from runs import count, index, positive, weight
 
 # What trains; whether the frozen result of stage 1 is the reference of L_sp; whether the stage's
@@ -93,7 +93,8 @@ def aligntok_objective(s, args, x):
     training_step calls.
 
     The terms are a dict, name -> (weight, value). A weight None means: only logged. With (weight,
-    value, layer, limit) the weight is multiplied by the adaptive weight at that layer."""
+    value, layer, limit, beside) the weight is multiplied by the adaptive weight at that layer, of
+    L_rec and what is added to it beside (losses.adaptive_weight)."""
     recon, z0, tokens = s.ddp_tokenizer(x)  # D(z0), z0 = A(E_p(x)) (B, d, h, w), E_p(x) (B, N, D)
     if s.reference is None:
         return x, recon, {}
@@ -225,6 +226,8 @@ def finish_stage(s, args, data, held_out, device, path):
     """The stage's result is its EMA, where it has one: computes its latent statistics, validates it
     and saves it as a tokenizer, with D for the next stage."""
     result = (s.ema or s.tokenizer).eval()
+    if args.lora and s.stage == 2:
+        merge_lora(result.encoder)
     train = encode_images(result, data, args.size, args.encode_images, args.workers, device)
     if s.stage not in LATENTS_STAY:  # else they keep the statistics of the stage before
         result.latent_mean.copy_(train.latent_mean)
@@ -247,8 +250,11 @@ def labelled(*sets):
     return all(images.labels is not None for images in sets)
 
 
+PROBES = {"probe": "latents", "probe_tokens": "tokens"}
+
+
 @torch.no_grad()
-def validate(tokenizer, train, held_out, args, device, lpips):
+def validate(tokenizer, train, held_out, args, device, lpips, probes=PROBES):
     """Held-out L_rec without its GAN term, PSNR, SSIM; where there are labels, the linear probe of
     the latents (Figure 3) and of the tokens before the adapter. train: the encoded training images
     for the probe, or None. In fp32."""
@@ -263,7 +269,7 @@ def validate(tokenizer, train, held_out, args, device, lpips):
     figures = {k: v / min(args.val_images, len(held_out)) for k, v in sums.items()}
     if train:
         val = encode_images(tokenizer, held_out, args.size, args.val_images, args.workers, device)
-        for name, part in (("probe", "latents"), ("probe_tokens", "tokens")):
+        for name, part in probes.items():
             figures[name] = linear_probe(getattr(train, part), train.labels,
                                          getattr(val, part), val.labels, device)
     return figures
@@ -285,7 +291,7 @@ def show(s, args, data, held_out, device, path):
     if labelled(data, held_out):
         train = encode_images(tokenizer, data, args.size, n, args.workers, device)
     figures = {"images": few.val_images}
-    figures |= validate(tokenizer, train, held_out, few, device, s.lpips)
+    figures |= validate(tokenizer, train, held_out, few, device, s.lpips, {"probe": "latents"})
     story.tell(path, s.prefix, s.steps_before + s.step, figures)
 
 
@@ -308,7 +314,11 @@ def set_up_stage(stage, args, run, data, lpips, device):
         if name in STAGES[stage]["trains"]:
             part.requires_grad_(True).train()
     if stage == 2:
-        tokenizer.encoder.mask_token.requires_grad_(False)  # no forward reads it
+        for p in tokenizer.encoder.never_trains():
+            p.requires_grad_(False)
+        if args.lora:
+            seed_torch(args.seed, "lora")
+            add_lora(tokenizer.encoder, args.lora)
     ema = copy.deepcopy(tokenizer).requires_grad_(False).eval() if STAGES[stage]["ema"] else None
 
     encoder_lr = args.encoder_lr if stage == 2 else args.lr
@@ -319,7 +329,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
     opt_g = torch.optim.Adam(groups, betas=betas, fused=True)
     opt_d = torch.optim.Adam(discriminator.parameters(), args.lr, betas=betas, fused=True)
     if start.opt_d:
-        opt_d.load_state_dict(start.opt_d)
+        runs.load_optimiser(opt_d, start.opt_d)
         opt_d.param_groups[0]["lr"] = args.lr  # the state has that of the stage before
 
     dtype = runs.autocast_dtype(args.dtype, device)
@@ -329,7 +339,7 @@ def set_up_stage(stage, args, run, data, lpips, device):
     recipe |= {k: getattr(args, k) for k in (
         "encoder", "decoder", "d", "disc_ch", "size", "batch_size", "accum", "lr", "seed", "w_p",
         "w_g", "w_sp", "sp_loss", "sp_at", "w_kl", "w_vf", "vf_margins", "disc_start",
-        "ema_decay")}
+        "ema_decay", "lora")}
     if args.model == "vfmvae":
         recipe |= {"dino": args.dino, "w_gan": args.w_gan}
     # VFM-VAE's steps draw from it; a checkpoint keeps its state
@@ -424,10 +434,11 @@ def start_vfm_vae(stage, args, data, run, device):
             encoder, arguments = toy.stand_in_encoder(args, data, run, device)
         else:
             with runs.rank_0_first():
-                encoder, arguments = load_foundation(args.encoder)
+                encoder, arguments = load_encoder(args.encoder)
         seed_torch(args.seed, "init")
-        kind = "siglip" if isinstance(encoder, vfm_vae.SigLIP) else "dinov2"
-        tokenizer = vfm_vae.VFMVAE({kind: arguments}, d=args.d, **vfm_vae.reading_sizes(
+        family = arguments.get("family", "dinov2")
+        arguments = {k: v for k, v in arguments.items() if k != "family"}
+        tokenizer = vfm_vae.VFMVAE({family: arguments}, d=args.d, **vfm_vae.reading_sizes(
             args.decoder, encoder))
         tokenizer.vfm_encoder.encoder["vision_model"].load_state_dict(encoder.state_dict())
     else:
@@ -460,30 +471,11 @@ def start_vfm_vae(stage, args, data, run, device):
         with reading(path, "checkpoint"):
             runs.load_optimiser(torch.optim.Adam(discriminator.parameters(), fused=True), opt_d)
     elif args.dino not in ("none", "random"):
-        path = find_weights(vfm_vae.DINO_URL, "", "--dino",
+        path = find_weights(ENCODER_URLS["dino-s16"], "", "--dino",
                             None if args.dino == "official" else args.dino)
         load_strictly(main.dino["model"]["model"], load_file(path, "DINO ViT-S/16"), path)
     return SimpleNamespace(tokenizer=tokenizer, discriminator=discriminator, reference=None,
                            opt_d=opt_d, steps=steps)
-
-
-def load_foundation(spec):
-    """(encoder, its arguments): SigLIP2 by a file or random:NAME; DINOv2 by load_encoder."""
-    name = spec.removeprefix("random:")
-    if name in vfm_vae.SIGLIPS:
-        if name == spec:
-            raise UserError(f"--encoder {spec}: give its file, {vfm_vae.SIGLIP_URL}")
-        print_0(f"encoder {name}: RANDOM weights, as asked for")
-        return vfm_vae.SigLIP(**vfm_vae.SIGLIPS[name]), vfm_vae.SIGLIPS[name]
-    if Path(spec).is_file():
-        state = {k: v for k, v in load_file(spec, "encoder").items()
-                 if k.startswith("vision_model.")}
-        if state:
-            print_0(f"encoder {spec}: sha256 {sha256(spec)}")
-            with reading(spec, "SigLIP2"):
-                arguments = vfm_vae.siglip_arguments(state)
-            return build(vfm_vae.SigLIP, arguments, state, spec), arguments
-    return load_encoder(spec)
 
 
 def seed_torch(*key):
@@ -592,8 +584,8 @@ def parse(argv=None):
     add("--lr", type=positive, help="of Adam, for G and D")
     add("--encoder-lr", type=positive, help="of E_p in stage 2 (default: --lr)")
     add("--encoder",
-        help="stage 1, vavae: vits14 ... vitg14, with _reg4, a DINOv2 file, or random:NAME; "
-             "vfmvae: also a SigLIP2 file, or random:siglip2-l16-512")
+        help="stage 1, vavae, vfmvae: vits14 ... vitg14, with _reg4; ablations: mae-l16, dino-b16, "
+             "...; or a file of a DINOv2, MAE, DINO v1 or SigLIP2, or random:NAME")
     add("--dino", help="vfmvae: DINO's ViT-S/16 for the discriminator, official, a file or random; "
                        "none: a PatchGAN in its place")
     add("--decoder", help=f"its size: {', '.join(DECODERS)}; vfmvae: {', '.join(vfm_vae.VFM_VAES)}")
@@ -607,6 +599,8 @@ def parse(argv=None):
     add("--sp-loss", choices=["l2", "cosine"], default="l2", help="ablation: cosine")
     add("--sp-at", choices=["adapter", "encoder"], default="adapter",
         help="ablation: L_sp before the adapter")
+    add("--lora", type=count, metavar="RANK",
+        help="ablation, stage 2: of E_p low-rank updates train alone; merged when the stage ends")
     add("--w-kl", type=weight, default=1e-6,
         help="vae, vavae: weight of KL, beside a sum over pixels (default: %(default)s)")
     add("--w-vf", type=weight, default=0.1,
@@ -621,6 +615,9 @@ def parse(argv=None):
     sizes = vfm_vae.VFM_VAES if args.model == "vfmvae" else DECODERS
     if "decoder" in args.given and args.decoder not in sizes:
         raise UserError(f"--decoder {args.decoder}: --model {args.model} has {', '.join(sizes)}")
+    if args.lora and (args.model != "aligntok" or args.stage in ("1", "3")):
+        raise UserError("--lora goes with --stage 2 or all of aligntok: only there the encoder "
+                        "trains")
     args.encoder_given, args.stages = "encoder" in args.given, [1, 2, 3]
     if args.model == "vfmvae":
         return parse_vfmvae(args)
@@ -693,6 +690,8 @@ def main(argv=None):
     if args.w_p is None or args.w_p > 0:
         with runs.rank_0_first():
             lpips = load_lpips(args.vgg16, args.lpips_heads)[0].to(device)
+        if runs.compiles(args, device):
+            runs.compile_parts([(lpips, "distance")])
     elif args.preset == "tiny":
         print_0("w_p = 0: no perceptual loss (it takes --vgg16 and --lpips-heads)")
     began = time.time()
@@ -704,7 +703,7 @@ def main(argv=None):
             later = sum(args.steps_of[k] * COSTS.get(k, 1) for k in args.now[i + 1:])
             run.later = later / COSTS.get(stage, 1)
             train_stage(stage, of_stage(args, stage), run, data, held_out, lpips, device)
-    print_0(f"done in {(time.time() - began) / 60:.1f} min; pictures and log.csv in {args.out}")
+    print_0(f"done in {(time.time() - began) / 60:.1f} min; story.png, grids and log.csv in {args.out}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ and the decoder learns to paint from its features.
 Official keys: the released checkpoints load strictly and unmodified. Written from a description of
 the method, not from its code.
 
-Departures. One forward serves both sides of the GAN; the released code draws the equivariance
-transform and runs the tokenizer twice. A loss that is not finite stops the run; there it is patched
+Departures. One forward serves both sides of the GAN, and G learns from D before D's step; the
+released code draws the equivariance transform and runs the tokenizer twice, D first. Latents, their
+statistics and validation are of the mean, where it samples. The range of images, their crop and the
+dtypes are train_tokenizer.py's (there: [0, 1], a crop of half the side or more, the encoder always
+in bf16). A loss that is not finite stops the run; there it is patched
 up or skipped. bf16 where that uses fp16 in three blocks. DINOv2 keeps its own rule for positions.
 mapping.x_avg never moves: only truncation would read it. The last stage trains blocks 3 to 5, the
 decoder's second half: the released code names modules that do not exist, and trains nothing.
@@ -26,139 +29,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from losses import kl_divergence, ssim, vf_loss
-from model import MLP, Block, DINOv2, LatentSpace, PatchEmbed, attention
+from model import DINOv2, LatentSpace, ViT, attention, make_encoder, siglip_arguments
 
 # ---- the foundation encoder, frozen
-
-class TanhMLP(MLP):
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class SeparateAttention(nn.Module):
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(dim, dim) for _ in range(4))
-
-    def forward(self, x):
-        B, N, D = x.shape
-        q, k, v = (f(x).view(B, N, self.heads, -1).transpose(1, 2)  # (B, heads, N, D/heads)
-                   for f in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
-
-
-class SigLIPBlock(nn.Module):
-    def __init__(self, dim, heads, hidden):
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.self_attn = SeparateAttention(dim, heads)
-        self.layer_norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = TanhMLP(dim, hidden)
-
-    def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class PoolingHead(nn.Module):
-    """One learned query over all tokens. VFM-VAE never uses it, but the checkpoints hold it."""
-
-    def __init__(self, dim, heads, hidden):
-        super().__init__()
-        self.probe = nn.Parameter(torch.zeros(1, 1, dim))
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.layernorm = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = TanhMLP(dim, hidden)
-
-    def forward(self, tokens):  # (B, N, D) -> (B, D)
-        probe = self.probe.expand(len(tokens), -1, -1)
-        x = self.attention(probe, tokens, tokens, need_weights=False)[0]
-        return (x + self.mlp(self.layernorm(x)))[:, 0]
-
-
-class SigLIP(nn.Module):
-    """The vision tower of SigLIP2 (Tschannen et al. 2025), of the files of a fixed size. No cls
-    token: every token is a patch.
-
-    dim, depth, hidden: width, number of blocks, the MLP's width (None: 4D). heads: None for the
-    released models', 64 wide each but in the two largest. grid: side of the stored positions."""
-
-    def __init__(self, dim, depth, heads=None, hidden=None, patch=16, grid=32):
-        super().__init__()
-        heads = heads or {1152: 16, 1536: 16}.get(dim, max(1, dim // 64))
-        hidden = hidden or 4 * dim
-        self.dim, self.patch, self.grid = dim, patch, grid
-        self.vision_model = nn.ModuleDict({
-            "embeddings": nn.ModuleDict({
-                "patch_embedding": nn.Conv2d(3, dim, patch, patch),
-                "position_embedding": nn.Embedding(grid * grid, dim)}),
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(
-                SigLIPBlock(dim, heads, hidden) for _ in range(depth))}),
-            "post_layernorm": nn.LayerNorm(dim, eps=1e-6),
-            "head": PoolingHead(dim, heads, hidden)})
-
-    def position_embedding(self, h, w):
-        """(h*w, D): the stored grid, resampled by size, in fp32."""
-        stored = self.vision_model["embeddings"]["position_embedding"].weight
-        if (h, w) == (self.grid, self.grid):
-            return stored
-        grid = stored.float().T.view(1, self.dim, self.grid, self.grid)
-        return F.interpolate(grid, (h, w), mode="bicubic")[0].flatten(1).T
-
-    def embed(self, x):
-        """(B, 3, H, W), normalised, sides divisible by the patch -> patches with position
-        (B, N, D)."""
-        H, W = x.shape[-2:]
-        if H % self.patch or W % self.patch:
-            raise ValueError(f"SigLIP2 takes sides divisible by {self.patch}, not {H}x{W}")
-        x = self.vision_model["embeddings"]["patch_embedding"](x).flatten(2).transpose(1, 2)
-        return x + self.position_embedding(H // self.patch, W // self.patch).to(x.dtype)
-
-    @property
-    def blocks(self):
-        return self.vision_model["encoder"]["layers"]
-
-    def norm(self, x):
-        return self.vision_model["post_layernorm"](x)
-
-    def pool(self, tokens):
-        """Tokens after the last norm (B, N, D) -> the image's vector (B, D)."""
-        return self.vision_model["head"](tokens)
-
-
-def siglip_arguments(state):
-    """SigLIP's arguments, from a state dict's names and shapes. ValueError where it is no SigLIP2's
-    vision tower."""
-    try:
-        dim, _, patch, _ = state["vision_model.embeddings.patch_embedding.weight"].shape
-        positions = len(state["vision_model.embeddings.position_embedding.weight"])
-        hidden = len(state["vision_model.encoder.layers.0.mlp.fc1.weight"])
-    except (KeyError, ValueError) as e:
-        raise ValueError(f"no SigLIP2 vision tower of a fixed size: {e}") from None
-    depth = sum(k.endswith(".layer_norm1.weight") for k in state)
-    return {"dim": dim, "depth": depth, "hidden": hidden, "patch": patch,
-            "grid": math.isqrt(positions)}
-
-
-TOWERS = {"siglip": SigLIP, "dinov2": DINOv2}
-
 
 class FoundationEncoder(nn.Module):
     """The frozen encoder, read at several layers: multi-layer features.
 
-    tower: SigLIP or DINOv2. layers: 0 is the patches with their position, n the output of block n,
-    counted from 1, -1 that of the last one after the final norm. scale: of the image before it."""
+    tower: an encoder of model.py. layers: 0 is the patches with their position, n the output of
+    block n, counted from 1, -1 that of the last one after the final norm. scale: of the image
+    before it."""
 
     def __init__(self, tower, layers, scale):
         super().__init__()
         self.encoder = nn.ModuleDict({"vision_model": tower})
         self.layers, self.scale = layers, scale
-        is_siglip = isinstance(tower, SigLIP)
-        self.mode = "bilinear" if is_siglip else "bicubic"  # of all resizing around it
-        self.prefix = 0 if is_siglip else 1 + tower.registers  # tokens that are no patches
-        self.mean, self.std = (0.5, 0.5) if is_siglip else (tower.pixel_mean, tower.pixel_std)
+        # of all resizing around it
+        self.mode = "bicubic" if isinstance(tower, DINOv2) else "bilinear"
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -166,7 +53,7 @@ class FoundationEncoder(nn.Module):
         """(B, 3, H, W) in [0, 1], not [-1, 1] -> the layers' tokens, (B, N, D) each, in fp32."""
         tower = self.encoder["vision_model"]
         x = resize(x, self.scale, self.mode, antialias=False)  # (B, 3, scale*H, scale*W)
-        x = tower.embed((x - self.mean) / self.std)  # (B, prefix + N, D)
+        x = tower.embed((x - tower.pixel_mean) / tower.pixel_std)  # (B, prefix + N, D)
         parts = [*tower.blocks, tower.norm]
         wanted = [n % (len(parts) + 1) for n in self.layers]  # -1: the norm
         outputs = {0: x}
@@ -174,7 +61,7 @@ class FoundationEncoder(nn.Module):
             x = part(x)
             if n in wanted:  # of 24 layers of 1024 tokens few fit into memory
                 outputs[n] = x
-        return [outputs[n][:, self.prefix:].float() for n in wanted]
+        return [outputs[n][:, tower.prefix:].float() for n in wanted]
 
 
 def resize(x, scale, mode, antialias):
@@ -188,7 +75,7 @@ def resize(x, scale, mode, antialias):
 # ---- projection and expansion
 
 class ProjectionAttention(nn.Module):
-    """Attention inside a change of width. A head is as wide as the narrower side; going down the
+    """Attention inside a change of width. A head has min(c_in, c_out) channels; going down the
     heads are averaged, going up they are concatenated."""
 
     def __init__(self, c_in, c_out):
@@ -260,6 +147,12 @@ def to_tokens(x):
     return x.flatten(2).transpose(1, 2)
 
 
+def sample(moments, noise):
+    """Mean | log-variance (B, 2d, h, w), standard normal noise -> z = mean + std * noise."""
+    mean, logvar = moments.float().chunk(2, dim=1)
+    return mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
+
+
 class LDMAdapter(nn.Module):
     """All between encoder and z, and between z and decoder.
 
@@ -304,8 +197,8 @@ class LDMAdapter(nn.Module):
 # ---- the style
 
 class FullyConnected(nn.Module):
-    """StyleGAN's linear layer with an equalised learning rate: what is stored has unit variance,
-    over lr; what is used is scaled at run time."""
+    """StyleGAN's linear layer with an equalised learning rate: the stored weight is N(0, 1) / lr
+    at the start, and scaled where it is used."""
 
     def __init__(self, c_in, c_out, lr=1.0, bias=0.0):
         super().__init__()
@@ -450,7 +343,8 @@ class ChannelRMSNorm(nn.Module):
 
 
 class NullAttention(nn.Module):
-    """Attention over all positions and one learned key and value, which stand for nothing."""
+    """Attention over all positions and one learned key and value: a position may attend to
+    nothing."""
 
     def __init__(self, c, heads=8):
         super().__init__()
@@ -491,7 +385,7 @@ class SynthesisBlock(nn.Module):
 
     def __init__(self, c_prev, c_z, c, style, layers, kernel, attentions, noise, blur):
         super().__init__()
-        # the misspelt name is the official key
+        # the misspelt name is the official key; block 0 alone normalises last
         self.seperate_upsample_conv = UpsampleConv(c_prev + c_z, c, blur, norm_last=not c_prev)
         self.conv0 = ConvNeXtLayer(c, style, kernel, noise)
         self.convs1 = nn.ModuleList(
@@ -561,13 +455,45 @@ class Synthesis(nn.Module):
         return image, lower[::-1]
 
 
+# ---- equivariance: the latent branch resizes and turns z, the prior branch shrinks the image
+
+class Transform(NamedTuple):
+    """scale of both sides, and clockwise quarter turns. prior: the image is shrunk before the
+    encoder; else the latent is resized and turned before the decoder."""
+    scale: float = 1.0
+    turns: int = 0
+    prior: bool = False
+
+
+def draw_transform(h, w):
+    """One Transform for a process's whole micro-batch with latent sides h, w: the latent branch half
+    of the time; else the prior branch, which changes a quarter of its batches and turns nothing.
+
+    Scales that would leave sides not divisible by 4 are left out. It draws from torch's generator,
+    whose state a checkpoint keeps."""
+    branch, pick, other = torch.rand(3).tolist()
+    scales = [s for s in (0.25, 0.5, 0.75, 1.0) if not (h * s % 4 or w * s % 4)]
+    smaller = scales[:-1]
+    if branch < 0.5:
+        return Transform(scales[int(pick * len(scales))], int(4 * other), prior=False)
+    if smaller and other < 0.25:
+        return Transform(smaller[int(pick * len(smaller))], 0, prior=True)
+    return Transform()
+
+
+def transformed(x, transform, mode):
+    """What the decoder should paint of x (B, 3, H, W), in either branch."""
+    x = resize(x, transform.scale, mode, antialias=True)
+    return torch.rot90(x, transform.turns, (-1, -2))
+
+
 # ---- the tokenizer
 
 class VFMVAE(LatentSpace):
     """Images (B, 3, H, W) in [-1, 1] -> z (B, d, H/16, W/16) -> images. Latent sides must be
     divisible by 4.
 
-    foundation: {"siglip" or "dinov2": arguments}, or None for decoding only; dim: D; layers, scale:
+    foundation: {family: arguments} of an encoder, or None for decoding only; dim: D; layers, scale:
     see FoundationEncoder; width, expansion, linear_proj: see LDMAdapter; style: S; synthesis:
     arguments of Synthesis."""
 
@@ -581,7 +507,7 @@ class VFMVAE(LatentSpace):
         patch = 16
         if foundation:
             (kind, arguments), = foundation.items()
-            tower = TOWERS[kind](**arguments)
+            tower = make_encoder(kind, **arguments)
             patch = tower.patch
             self.vfm_encoder = FoundationEncoder(tower, layers, scale)
         unshuffle = round(scale * self.factor / patch)  # u
@@ -650,7 +576,7 @@ class VFMVAE(LatentSpace):
         turns, prior: a Transform. Returns x^ and the lower images, as paint does; the moments; z';
         and F, the encoder's last tokens on the latent grid (B, h*w, D)."""
         if prior:
-            x = resize(x, scale, self.vfm_encoder.mode, antialias=True)
+            x = resize(x, scale, "bilinear", antialias=True)
         h, w = (side // self.factor for side in x.shape[-2:])
         tokens = self.features(x)
         moments = self.moments(tokens, h, w)  # (B, 2d, h, w)
@@ -658,19 +584,13 @@ class VFMVAE(LatentSpace):
         z_proj = self.ldm_adapter.linear_proj(z) if self.arguments["linear_proj"] else None
         u, dim = self.ldm_adapter.unshuffle, self.arguments["dim"]
         last = F.avg_pool2d(to_map(tokens[..., -dim:], u * h, u * w), u)  # (B, D, h, w)
-        if not prior:
+        if not prior:  # the latent branch, which may change nothing
             z = torch.rot90(resize(z, scale, "bilinear", antialias=False), turns, (-1, -2))
         return *self.paint(z), moments, z_proj, to_tokens(last)
 
     def compiled(self):
         """What --compile compiles: parts and their methods."""
         return [(block, "forward") for block in self.synthesis.blocks]
-
-
-def sample(moments, noise):
-    """Mean | log-variance (B, 2d, h, w), standard normal noise -> z = mean + std * noise."""
-    mean, logvar = moments.float().chunk(2, dim=1)
-    return mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
 
 
 def arguments_of(state):
@@ -778,36 +698,6 @@ def diffaug(x):
     return cutout(x, *(torch.randint(0, n, (B,)).to(x.device) for n in ends))
 
 
-class ViT(nn.Module):
-    """DINO v1's ViT (Caron et al. 2021): DINOv2 without LayerScale; official keys. grid: its side
-    in patches, always the stored one."""
-
-    def __init__(self, dim=384, depth=12, heads=6, patch=16, grid=14):
-        super().__init__()
-        self.side = grid * patch
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
-        self.patch_embed = PatchEmbed(patch, 3, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, swiglu=False) for _ in range(depth))
-        for block in self.blocks:
-            block.ls1 = block.ls2 = nn.Identity()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
-
-    def forward(self, x):
-        """(B, 3, side, side) -> the tokens (B, 1+N, D) at the end of each quarter of the blocks,
-        before the final norm; then the tokens before the first block."""
-        x = self.patch_embed(x)  # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        first, taps = x, []
-        for i, block in enumerate(self.blocks, 1):
-            x = block(x)
-            if 4 * i % len(self.blocks) == 0:
-                taps.append(x)
-        return [*taps, first]
-
-
 class SNConv1d(nn.Module):
     """A convolution over the tokens, circular, whose weight is divided by its largest singular
     value: torch's old spectral norm, one power iteration each forward in training."""
@@ -846,8 +736,8 @@ def local_groups(B):
 
 
 class BatchNormLocal(nn.Module):
-    """BatchNorm over groups of at most 8 images, without running statistics: whatever the batch, D
-    sees the statistics of 8. In evaluation too. (B, C, ...); ValueError: see local_groups."""
+    """BatchNorm over groups of at most 8 images, without running statistics: D sees the statistics
+    of about 8, whatever the batch. In evaluation too. (B, C, ...); ValueError: see local_groups."""
 
     def __init__(self, c):
         super().__init__()
@@ -894,13 +784,10 @@ class ProjectedDiscriminator(nn.Module):
 
     def __init__(self, vit=None, mode="bilinear", augment=True, p_crop=0.5):
         super().__init__()
-        vit = ViT(**vit or {})
+        vit = ViT(**vit or {})  # ViT-S/16
         self.mode, self.augment, self.p_crop = mode, augment, p_crop
         self.dino = nn.ModuleDict({"model": nn.ModuleDict({"model": vit})})
-        self.heads = nn.ModuleList(Head(vit.norm.weight.numel()) for _ in range(5))
-        for name, value in (("pixel_mean", [0.485, 0.456, 0.406]),
-                            ("pixel_std", [0.229, 0.224, 0.225])):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+        self.heads = nn.ModuleList(Head(vit.dim) for _ in range(5))
         self.dino.requires_grad_(False)
 
     def requires_grad_(self, requires_grad=True):
@@ -908,16 +795,22 @@ class ProjectedDiscriminator(nn.Module):
         return self
 
     def features(self, x):
-        """(B, 3, H, W) in [-1, 1] -> five maps of tokens (B, D, N), the cls token added to each."""
+        """(B, 3, H, W) in [-1, 1] -> five maps of tokens (B, D, N), the cls token added to each: at
+        the end of each quarter of the blocks, before the final norm; then before the first one."""
         vit = self.dino["model"]["model"]
-        side, (H, W) = vit.side, x.shape[-2:]
+        side, (H, W) = vit.grid * vit.patch, x.shape[-2:]
         if min(H, W) > side and torch.rand(()) < self.p_crop:
             top, left = (int(torch.randint(n - side + 1, ())) for n in (H, W))
             x = x[:, :, top:top + side, left:left + side]
         elif (H, W) != (side, side):
             x = F.interpolate(x, (side, side), mode=self.mode, antialias=max(H, W) > side)
-        x = ((x + 1) / 2 - self.pixel_mean) / self.pixel_std
-        return [(y[:, 1:] + y[:, :1]).transpose(1, 2) for y in vit(x)]
+        x = first = vit.embed(((x + 1) / 2 - vit.pixel_mean) / vit.pixel_std)  # (B, 1+N, D)
+        taps = []
+        for i, block in enumerate(vit.blocks, 1):
+            x = block(x)
+            if 4 * i % len(vit.blocks) == 0:
+                taps.append(x)
+        return [(y[:, 1:] + y[:, :1]).transpose(1, 2) for y in (*taps, first)]
 
     def forward(self, x):
         """(B, 3, H, W) in [-1, 1] -> logits (B, 5*N)."""
@@ -976,9 +869,8 @@ class Discriminators(nn.Module):
 
 # ---- the GAN's losses
 
-# L_G = -E D(x^),  L_D = E relu(1 - D(x)) + E relu(1 + D(x^)): not halved
 def hinge(real, fake):
-    """The discriminator's side, of logits."""
+    """L_D = E relu(1 - D(x)) + E relu(1 + D(x^)) of logits, not halved as in losses.hinge_d."""
     return F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
 
 
@@ -995,56 +887,25 @@ def feature_matching(real, fake):
     return sum((f.float() - r.detach().float()).abs().mean() for r, f in pairs) / len(real)
 
 
-# ---- equivariance regularisation
-
-class Transform(NamedTuple):
-    """scale of both sides, and clockwise quarter turns. prior: the image is shrunk before the
-    encoder; else the latent is resized and turned before the decoder."""
-    scale: float = 1.0
-    turns: int = 0
-    prior: bool = False
-
-
-def draw_transform(h, w):
-    """One Transform for a whole batch with latent sides h, w: the latent branch half of the time;
-    else the prior branch, which changes a quarter of its batches and turns nothing.
-
-    Scales that would leave sides not divisible by 4 are left out. It draws from torch's generator,
-    whose state a checkpoint keeps."""
-    branch, which, quarter = torch.rand(3).tolist()
-    scales = [s for s in (0.25, 0.5, 0.75, 1.0) if not (h * s % 4 or w * s % 4)]
-    smaller = scales[:-1]
-    if branch < 0.5:
-        return Transform(scales[int(which * len(scales))], int(4 * quarter), prior=False)
-    if smaller and quarter < 0.25:
-        return Transform(smaller[int(which * len(smaller))], 0, prior=True)
-    return Transform()
-
-
-def transformed(x, transform, mode):
-    """What the decoder should paint of x (B, 3, H, W), in either branch."""
-    x = resize(x, transform.scale, mode, antialias=True)
-    return torch.rot90(x, transform.turns, (-1, -2))
-
-
 # ---- the objective
 
-# What trains, learning rate, images seen in the stage, and the weights of the losses (WEIGHTS).
-# VF's is times the adaptive weight; multires holds for the first quarter of the stage; the PatchGAN
+# What trains, learning rate, images seen in the stage, whether there is equivariance, and the
+# weights of the losses (WEIGHTS). l1 and lpips make L_rec, which train_tokenizer.py adds; VF's
+# is times the adaptive weight; multires holds for the first quarter of the stage; the PatchGAN
 # brings 10 times feature matching. The released code counts the stages from 0.
 WEIGHTS = ("l1", "lpips", "ssim", "multires", "vf", "kl", "gan", "patchgan")
 ALL = ("ldm_adapter", "mapping", "synthesis")
 DECODER = ("ldm_adapter.post_quant", "mapping", "synthesis")
 SECOND_HALF = tuple(f"synthesis.blocks.{i}" for i in (3, 4, 5))  # a choice, see above
 STAGES = {
-    "strong": {"trains": ALL, "lr": 1e-4, "images": 20e6, "equivariance": True}
-    | dict(zip(WEIGHTS, (1, 10, 0, 0.1, 5, 1e-6, 1, 0))),
-    "weak": {"trains": ALL, "lr": 1e-4, "images": 20e6, "equivariance": True}
-    | dict(zip(WEIGHTS, (1, 10, 0, 0, 1, 1e-6, 1, 0))),
-    "ssim": {"trains": DECODER, "lr": 5e-5, "images": 1e6, "equivariance": True}
-    | dict(zip(WEIGHTS, (1, 2, 1, 0, 0, 0, 1, 0))),
-    "patchgan": {"trains": SECOND_HALF, "lr": 5e-5, "images": 3e6, "equivariance": False}
-    | dict(zip(WEIGHTS, (0, 0, 0, 0, 0, 0, 1, 1))),
+    name: {"trains": trains, "lr": lr, "images": images, "equivariance": turned}
+    | dict(zip(WEIGHTS, weights))
+    for name, trains, lr, images, turned, weights in (
+        #                                              l1 lpips ssim multires vf  kl  gan patchgan
+        ("strong", ALL, 1e-4, 20e6, True,              (1, 10,   0,   0.1,    5, 1e-6, 1, 0)),
+        ("weak", ALL, 1e-4, 20e6, True,                (1, 10,   0,   0,      1, 1e-6, 1, 0)),
+        ("ssim", DECODER, 5e-5, 1e6, True,             (1, 2,    1,   0,      0, 0,    1, 0)),
+        ("patchgan", SECOND_HALF, 5e-5, 3e6, False,    (0, 0,    0,   0,      0, 0,    1, 1)))
 }
 
 
@@ -1071,7 +932,7 @@ def gan_terms(s, weights, w_gan, x, recon):
     s.discriminator.requires_grad_(False)
     logits, scales = s.discriminator(recon)
     s.discriminator.requires_grad_(True)
-    terms = {"g_loss": (w_gan * weights["gan"], -logits.float().mean())}
+    terms = {"g_loss": (w_gan * weights["gan"], -logits.float().mean())}  # L_G = -E D(x^)
     if weights["patchgan"]:
         d_loss = d_loss + least_squares(real_scales, 1) + least_squares(fake_scales, 0)
         matching = feature_matching(real_scales, scales)
@@ -1095,7 +956,8 @@ def objective(s, args, x, noise):
     terms = {"multires": (w_multires, multires)}
     if weights["kl"]:
         terms["kl"] = (weights["kl"], kl_divergence(moments))
-    if weights["vf"]:  # margins 0; the multi-resolution loss counts as reconstruction
+    if weights["vf"]:  # margins 0. Its adaptive weight is that of VA-VAE, at most 1e8, but the
+        # multi-resolution loss counts as reconstruction
         last_layer = s.tokenizer.ldm_adapter.final_quant.blocks[0].mlp.w2.weight
         terms["vf"] = (weights["vf"], vf_loss(z_proj, tokens, 0, 0), last_layer, 1e8,
                        w_multires * multires)
@@ -1122,11 +984,6 @@ VFM_VAES = {
                             "kernels": (5, 5, 7, 7, 7, 7), "attentions": (2, 2, 2, 0, 0, 0),
                             "noise": 8}},
 }
-# Arguments of SigLIP: 316,742,656 parameters.
-SIGLIPS = {"siglip2-l16-512": {"dim": 1024, "depth": 24, "patch": 16, "grid": 32}}
-SIGLIP_URL = "https://huggingface.co/google/siglip2-large-patch16-512/resolve/main/model.safetensors"
-DINO_URL = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/"
-            "dino_deitsmall16_pretrain.pth")
 
 
 def reading_sizes(name, tower):

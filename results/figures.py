@@ -27,10 +27,10 @@ TABLES = {"Main comparison": ["vae", "vavae", "stage1", "stage12", "stage123"],
 COLOURS = {"stage12": "#0072b2", "vavae": "#d55e00", "vae": "#009e73"}
 
 
-def read():
+def read(folder):
     """{row: {seed: figures}}"""
     rows = defaultdict(dict)
-    for path in sorted(ROOT.glob("results/miniature/seed*/*.json")):
+    for path in sorted(folder.glob("seed*/*.json")):
         rows[path.stem][int(path.parent.name[4:])] = json.loads(path.read_text())
     return rows
 
@@ -89,7 +89,8 @@ def figure(rows, path):
     on_the_way = {row: sorted((v["step"], v) for k, v in f.items() if k.startswith("tokenizer"))
                   for row, f in {**seed0, "stage12": {k + str(i): v for i, f in enumerate(align) for k, v in f.items()
                                                       if k.startswith("tokenizer")}}.items()}
-    steps = ("plain400", 400), ("plain800", 800), ("plain", 1600)
+    budget = last(seed0["vae"])["step"] / 1600
+    steps = [(key, round(n * budget)) for key, n in (("plain400", 400), ("plain800", 800), ("plain", 1600))]
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="1210" height="275" font-family="sans-serif" font-size="11">',
            '<rect width="1210" height="275" fill="white"/>']
     for i, (key, title) in enumerate((("psnr", "PSNR, dB"), ("probe", "linear probe, %"))):
@@ -106,16 +107,13 @@ def figure(rows, path):
 
 
 @torch.no_grad()
-def pictures(runs):
+def pictures(runs, out):
     """Reconstructions and samples of each row, one row a line; samples above their nearest training images."""
     from judge import load_judge
 
     from baselines import VAE
     from data import Crops, ImageFolder, in_order, save_grid, to_tensor
     from files import load_tokenizer
-    val, train = (Crops(ImageFolder(f"{os.environ['DATA']}/{part}"), 64) for part in ("val", "train"))
-    x = torch.stack([val[0, i][0] for i in range(25, 2000, 166)])
-    x, lines, samples = to_tensor(x), [], []
     finals = {"vae": "vae/vae", "vavae": "vavae/vavae",
               "stage1": "aligntok/stage1", "stage12": "aligntok/stage2", "stage123": "aligntok/stage3",
               "vae4800": "vae4800/vae", "vavae4800": "vavae4800/vavae", "aligntok4800": "aligntok4800/stage3"}
@@ -123,6 +121,10 @@ def pictures(runs):
         print(f"pictures without the rows that are not in {runs}: {', '.join(lacking)}")
     if len(lacking) == len(finals):
         sys.exit("error: none is left; --runs takes a seed's folder, such as runs/miniature/seed0")
+    side = np.load(next(runs.glob("*/guided.npz")))["arr_0"].shape[1]
+    val, train = (Crops(ImageFolder(f"{os.environ['DATA']}/{part}"), side) for part in ("val", "train"))
+    x = to_tensor(torch.stack([val[0, i][0] for i in range(25, 2000, 166)]))
+    lines, samples = [], []
     for row, file in finals.items():
         if row in lacking:
             continue
@@ -130,30 +132,32 @@ def pictures(runs):
         lines.append(tokenizer.decode(tokenizer.encode(x)))
         images = np.load(runs / row / "guided.npz")["arr_0"][1::413][:12]
         samples.append(to_tensor(torch.from_numpy(images).permute(0, 3, 1, 2)))
-    save_grid([x, *lines], ROOT / "assets/miniature-reconstructions.png")
-    save_grid(samples, ROOT / "assets/miniature-samples.png")
+    save_grid([x, *lines], out / "miniature-reconstructions.png")
+    save_grid(samples, out / "miniature-samples.png")
     net = load_judge(f"{os.environ['WEIGHTS']}/efficientnet-lite0-57934424.pth")[0]
     features = torch.cat([net(torch.stack([train[item][0] for item in batch]))["pool"]
                           for batch in in_order(len(train.data), 100)])
     own = net(((samples[-1].clamp(-1, 1) + 1) * 127.5).round().byte())["pool"]
     nearest = torch.cdist(own, features).topk(3, largest=False).indices  # (12, 3)
     neighbours = [to_tensor(torch.stack([train[0, int(i)][0] for i in column])) for column in nearest.T]
-    save_grid([samples[-1], *neighbours], ROOT / "assets/miniature-neighbours.png")
+    save_grid([samples[-1], *neighbours], out / "miniature-neighbours.png")
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--runs", type=Path, help="a seed's folder, such as runs/miniature/seed0")
+    p.add_argument("--results", type=Path, default=ROOT / "results/miniature", help="default: results/miniature")
+    p.add_argument("--out", type=Path, default=ROOT / "assets", help="where pictures go (default: assets)")
     args = p.parse_args()
     if args.runs and not (args.runs.is_dir() and {"DATA", "WEIGHTS"} <= os.environ.keys()):
         p.error("--runs takes the folder of a seed, with DATA and WEIGHTS as for results/miniature.sh")
-    rows = read()
+    rows = read(args.results)
     for title, names in TABLES.items():
         print(f"{title}\n\n{table(rows, names)}\n")
     if "steps5" in (f := rows["stage12"].get(0, {})):
         print("FD against sampling steps:", {n: round(f[k]["FD-Lite0"], 1) for n, k in
                                              ((5, "steps5"), (10, "steps10"), (20, "plain"), (50, "steps50"))})
     if all(0 in rows[row] for row in COLOURS):
-        figure(rows, ROOT / "assets/miniature.svg")
+        figure(rows, args.out / "miniature.svg")
     if args.runs:
-        pictures(args.runs)
+        pictures(args.runs, args.out)
