@@ -61,6 +61,7 @@ class Strings:
         return len(self.ends) - 1
 
     def __getitem__(self, i):
+        i = range(len(self))[i]
         start, end = self.ends[i], self.ends[i + 1]
         return self.bytes[start:end].decode("utf-8", "surrogateescape")
 

@@ -109,6 +109,8 @@ def system_failure(e):
     a network file system's error. Else None."""
     if isinstance(e, OSError) and e.errno and e.errno != errno.EINVAL:  # a damaged zip may seek < 0
         return e.strerror
+    if mapping := re.match(r"unable to (?:mmap|open) .*: (.*) \(\d+\)", str(e)):  # torch's
+        return mapping[1]
     no_memory = isinstance(e, MemoryError) or "can't allocate memory" in str(e)
     return "out of memory" if no_memory else None
 
@@ -154,15 +156,19 @@ def load_file(path, kind="checkpoint"):
         if mapped:
             with zipfile.ZipFile(f) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
-                if unpacked > os.path.getsize(path):  # torch.save does not compress
-                    raise ValueError("it would unpack to more than its size")
+                compressed = any(entry.compress_type for entry in archive.infolist())
+                if compressed or unpacked > os.path.getsize(path):  # torch.save does not compress
+                    raise ValueError("it is compressed")
                 if damaged := archive.testzip():
                     raise ValueError(f"the CRC of {damaged} differs")
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     raise ValueError("TorchScript, as OpenAI's CLIP: a program, which is never run")
-        try:  # mapped: no copy in memory, and all ranks share its pages
-            content = torch.load(os.fspath(path), map_location="cpu", weights_only=True,
-                                 mmap=mapped)
+        # mapped: no copy in memory, and all ranks share its pages; torch takes names in UTF-8 alone
+        mapped = mapped and not re.search("[\ud800-\udfff]", os.fspath(path))
+        f.seek(0)
+        try:
+            content = torch.load(os.fspath(path) if mapped else f, map_location="cpu",
+                                 weights_only=True, mmap=mapped)
         except pickle.UnpicklingError:  # torch's text advises to run it
             raise ValueError("not only tensors, numbers and strings; nothing else is ever "
                              "loaded") from None
@@ -564,7 +570,11 @@ def encoder_state(content, path):
     state = unwrapped(content)
     kind = require(("DINOv2", "SigLIP", "MAE", "DINO v1 (a plain ViT)"), state, path)
     if kind == "SigLIP":
-        return "siglip", {k: v for k, v in state.items() if k.startswith("vision_model.")}
+        state = {k: v for k, v in state.items() if k.startswith("vision_model.")}
+        if "vision_model.embeddings.patch_embedding.weight" not in state:
+            raise UserError(f"{path} is no SigLIP2 vision tower of a fixed size in transformers' "
+                            "layout")
+        return "siglip", state
     prefixes = {k.removesuffix("cls_token").removesuffix("embeddings.")
                 for k in state if k.endswith("cls_token")}
     if len(prefixes) > 1:
@@ -634,7 +644,7 @@ def named_arguments(name):
     return {"swiglu": False, "grid": 37} | arguments | {"registers": registers}
 
 
-def load_encoder(spec):
+def load_encoder(spec, flag="--encoder"):
     """(encoder, its arguments for model.make_encoder). spec: an official name (vits14 ...
     vitg14_reg4, and the others of model.ENCODERS), a file of a DINOv2, DINO v1, MAE or SigLIP2, or
     random:NAME for random weights. Errors: UserError."""
@@ -644,20 +654,20 @@ def load_encoder(spec):
     arguments = named_arguments(name)
     if spec.startswith("random:"):
         if arguments is None:
-            raise UserError(f"--encoder {spec}: no such size, choose from {', '.join(ENCODERS)} "
+            raise UserError(f"{flag} {spec}: no such size, choose from {', '.join(ENCODERS)} "
                             "(and vit..._reg4)")
         print_0(f"encoder {name}: RANDOM weights, as asked for")
         return make_encoder(**arguments), arguments
     if name.startswith("siglip") and arguments is not None:
-        raise UserError(f"--encoder {spec}: give its file, {ENCODER_URLS[name]}")
+        raise UserError(f"{flag} {spec}: give its file, {ENCODER_URLS[name]}")
     if arguments is not None and name != "tiny14":
         url = ENCODER_URLS.get(name) or DINOV2_URL.format(name.removesuffix("_reg4"), name)
-        path = find_weights(url, DINOV2_SHA256.get(name, ""), "--encoder")
+        path = find_weights(url, DINOV2_SHA256.get(name, ""), flag)
     elif Path(spec).is_file():
         path = Path(spec)
         print_0(f"encoder {path}: sha256 {sha256(path)}")
     else:
-        raise UserError(f"--encoder {spec}: neither a file nor one of "
+        raise UserError(f"{flag} {spec}: neither a file nor one of "
                         f"{', '.join(list(ENCODERS)[1:])} (and vit..._reg4)")
     content = load_file(path, "encoder")
     with reading(path, "encoder"):

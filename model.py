@@ -838,6 +838,9 @@ class SigLIP(Foundation):
         _, tokens = super().forward(x)
         return self.pool(tokens), tokens
 
+    def features(self, x, factor=16):
+        return super().forward(self.prepared(x, factor))[1]  # without the pooling
+
 
 def siglip_arguments(state):
     """SigLIP's arguments, from a state dict's names and shapes. ValueError where it is no SigLIP2's
@@ -862,8 +865,9 @@ class LoRA(nn.Linear):
     def __init__(self, linear, rank):
         super().__init__(linear.in_features, linear.out_features)
         self.weight, self.bias, limit = linear.weight, linear.bias, linear.in_features ** -0.5
-        A = self.weight.new_empty(rank, self.in_features).uniform_(-limit, limit)
-        self.A = nn.Parameter(A)
+        # drawn on the CPU, as all weights are: the same on every device
+        A = torch.empty(rank, self.in_features).uniform_(-limit, limit)
+        self.A = nn.Parameter(A.to(self.weight.device))
         self.B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
 
     def forward(self, x):

@@ -372,11 +372,17 @@ class Run:
         self.good[s.prefix] = path
 
     def steps(self, s, args, row, draw):
-        """Yields once a step, up to s.steps. Then it logs row(), calls draw(path) and saves where
+        """Yields once a step, up to s.steps. Then it logs row(), saves and calls draw(path) where
         that is due, and obeys signals."""
+        def picture():
+            if due(s.step, args.grid_every, s.steps) and self.rank == 0:
+                draw(self.out / f"{s.prefix}_step{s.step:08d}.png")
+
         bar = tqdm(total=s.steps, initial=s.step, desc=s.prefix, disable=self.rank != 0,
                    mininterval=1)
         torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        if s.step:
+            picture()  # the run may have ended between a checkpoint and its picture
         self.defer_signals(True)
         began, first = time.monotonic(), s.step
         while s.step < s.steps:
@@ -394,8 +400,6 @@ class Run:
                 bar.set_postfix(shown)
                 if s.step % args.log_every == 0:
                     s.meter.reset()
-            if due(s.step, args.grid_every, s.steps) and self.rank == 0:
-                draw(self.out / f"{s.prefix}_step{s.step:08d}.png")
             stop = self.should_stop()
             if due(s.step, args.save_every, s.steps) or stop:
                 self.save(s)
@@ -403,6 +407,7 @@ class Run:
                 bar.close()
                 raise UserError(f"stopped by a signal at step {s.step} of {s.prefix}; saved "
                                 f"{self.last_good(s.prefix)}; repeat the command to go on")
+            picture()  # not before: what ends it must not cost the steps since the checkpoint before
         bar.close()
         self.defer_signals(False)
 
@@ -433,11 +438,11 @@ class Run:
         head, rows = f"{header}\n", []
         if log.exists():
             with reading(log, "log"):
-                head, *rows = log.read_text().splitlines(keepends=True) or [head]
-                if head.strip() != header:
-                    raise UserError(f"{log} has other columns; move it away or choose another --out")
+                columns, *rows = log.read_text().splitlines(keepends=True) or [head]
                 rows = [row for row in rows if row.endswith("\n")  # else a kill has cut it
                         and tuple(map(int, row.split(",")[:len(position)])) <= position]
+                if rows and columns.strip() != header:
+                    raise UserError(f"{log} has other columns; move it away or choose another --out")
         write_atomically(log, lambda f: f.write("".join([head, *rows]).encode()))
 
 

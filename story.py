@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from files import reading, write_atomically
 from runs import step_files
 
-COLUMNS = ["stage", "steps", "images", "rec", "psnr", "ssim", "probe"]
+COLUMNS = ["stage", "begins", "steps", "images", "rec", "psnr", "ssim", "probe"]
 CURVES = {  # figure -> title, colour, and how it stands beside a stage's images
     "psnr": ("PSNR, dB", "#0072b2", "{:.1f} dB"),
     "probe": ("linear probe of the latents, %", "#d55e00", "probe {:.0f} %")}
@@ -22,34 +22,51 @@ SIDE, GUTTER, GAP, MARGIN, HEIGHT = 128, 108, 4, 28, 290
 WIDTH = GUTTER + 8 * SIDE
 
 
-def tell(grid, stage, steps, figures):
+def tell(grid, stage, begins, steps, figures):
     """Adds a row of held-out figures to held_out.csv in the folder of a stage's grid, and draws
-    story.png anew. steps: of all stages so far. Figures of this step or a later one are replaced: a
-    run that resumes measures them again."""
-    table, rows = grid.with_name("held_out.csv"), []
-    if table.exists():
-        with reading(table, "table"), open(table, newline="") as f:
-            rows = [row for row in csv.DictReader(f) if int(row["steps"]) < steps]
-    rows.append({"stage": stage, "steps": steps} | {k: f"{v:.6g}" for k, v in figures.items()})
+    story.png anew. begins, steps: of all stages, when this one began and so far."""
+    table = grid.with_name("held_out.csv")
+    rows = rows_before(table, steps)
+    rows.append({"stage": stage, "begins": begins, "steps": steps}
+                | {k: f"{v:.6g}" for k, v in figures.items()})
+    write(table, rows)
+    with reading(table, "table"):
+        curves = {name: [(int(row["steps"]), float(row[name])) for row in rows if row.get(name)]
+                  for name in CURVES}
+        # stage -> its first and, so far, its last step
+        spans = {row["stage"]: (int(row["begins"]), int(row["steps"])) for row in rows}
+    grids = {name: (step_files(grid.parent, name, "png") or [None])[-1] for name in spans}
+    of = f"steps of all stages; on {figures['images']:,} held-out images"
+    picture = draw(grids | {stage: grid}, curves, spans, of)
+    write_atomically(grid.with_name("story.png"), lambda f: picture.save(f, "PNG", compress_level=1))
+
+
+def rows_before(table, steps):
+    """The rows of held_out.csv before a step of all stages: what comes later is measured again."""
+    if not table.exists():
+        return []
+    with reading(table, "table"), open(table, newline="") as f:
+        return [{k: row.get(k) for k in COLUMNS} for row in csv.DictReader(f)
+                if int(row["steps"]) < steps]
+
+
+def rewind(folder, steps):
+    """Before a stage goes on from a step of all stages: forgets the later figures."""
+    if (table := folder / "held_out.csv").exists():
+        write(table, rows_before(table, steps + 1))
+
+
+def write(table, rows):
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(table, lambda f: f.write(text.getvalue().encode()))
 
-    with reading(table, "table"):
-        curves = {name: [(int(row["steps"]), float(row[name])) for row in rows if row.get(name)]
-                  for name in CURVES}
-        ends = {row["stage"]: int(row["steps"]) for row in rows}  # stage -> its last step so far
-    grids = {name: (step_files(grid.parent, name, "png") or [None])[-1] for name in ends}
-    of = f"steps of all stages; on {figures['images']:,} held-out images"
-    picture = draw(grids | {stage: grid}, curves, ends, of)
-    write_atomically(grid.with_name("story.png"), lambda f: picture.save(f, "PNG", compress_level=1))
 
-
-def draw(grids, curves, ends, of):
-    """grids: stage -> its last grid, or None; curves: name -> [(step, figure)], of CURVES; ends:
-    stage -> its last step; of: below the curves."""
+def draw(grids, curves, spans, of):
+    """grids: stage -> its last grid, or None; curves: name -> [(step, figure)], of CURVES; spans:
+    stage -> its first and last step; of: below the curves."""
     strips = {}
     for stage, path in grids.items():
         if path:
@@ -67,13 +84,14 @@ def draw(grids, curves, ends, of):
         size = k * SIDE * strip.width // strip.height, k * SIDE
         picture.paste(strip.resize(size, Image.BICUBIC), (k * GUTTER, k * y))
         lines = [spoken(stage)]
-        if stage in ends:
-            lines += [words.format(at[name][ends[stage]]) for name, (_, _, words) in CURVES.items()
-                      if ends[stage] in at[name]]
+        if stage in spans:
+            end = spans[stage][1]
+            lines += [words.format(at[name][end]) for name, (_, _, words) in CURVES.items()
+                      if end in at[name]]
         text(picture, k, (GUTTER / 2, y + SIDE / 2), "\n".join(lines), "mm")
     curves = {name: curve for name, curve in curves.items() if curve}
     for i, (name, curve) in enumerate(curves.items()):
-        part = chart(*CURVES[name][:2], curve, ends, of, 2 * k).reduce(2)  # smooth lines
+        part = chart(*CURVES[name][:2], curve, spans, of, 2 * k).reduce(2)  # smooth lines
         picture.paste(part, (k * (i * (WIDTH + GAP) // 2), k * top))
     return picture
 
@@ -83,8 +101,9 @@ def spoken(stage):
     return stage.replace("stage", "stage ")
 
 
-def chart(title, colour, curve, ends, of, k):
-    """A curve with its axes; the stages are bands. curve: [(x, y)]; ends: name -> its last x."""
+def chart(title, colour, curve, spans, of, k):
+    """A curve with its axes; the stages are bands. curve: [(x, y)]; spans: name ->
+    its first and last x."""
     picture = Image.new("RGB", (k * (WIDTH + GAP) // 2, k * HEIGHT), "white")
     pen = ImageDraw.Draw(picture)
     left, right, up, down = 64, (WIDTH + GAP) // 2 - MARGIN, 64, HEIGHT - 48
@@ -93,18 +112,16 @@ def chart(title, colour, curve, ends, of, k):
     if "%" in title:  # else a small loss would look like a fall
         low = 0
     room = max(0.08 * (high - low), 0.5)
-    low, high, end = low - room * (low > 0), high + room, max(ends.values())
+    low, high, end = low - room * (low > 0), high + room, max(x for _, x in spans.values())
 
     def place(x, y):
         return left + (right - left) * x / end, down - (down - up) * (y - low) / (high - low)
 
-    begin = 0
-    for i, (stage, x) in enumerate(ends.items()):
-        a, b = place(begin, 0)[0], place(x, 0)[0]
+    for i, (stage, span) in enumerate(spans.items()):
+        a, b = (place(x, 0)[0] for x in span)
         pen.rectangle([k * a, k * up, k * b, k * down], fill=("#f3f3f3", "#e4e4e4")[i % 2])
         if b - a > 8 * len(spoken(stage)):
             text(picture, k, ((a + b) / 2, up - 4), spoken(stage), "md", "#777")
-        begin = x
     for y in ticks(low, high, 5):
         at = place(0, y)[1]
         pen.line([k * left, k * at, k * right, k * at], fill="white", width=k)

@@ -29,6 +29,7 @@ import threading
 import time
 import traceback
 import tracemalloc
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -61,7 +62,15 @@ import train_dit
 import train_tokenizer as tt
 import vfm_vae
 from baselines import VAE, FluxVAE
-from files import BatchedArray, UserError, load_encoder, load_file, load_tokenizer, save_checkpoint
+from files import (
+    BatchedArray,
+    SystemFailure,
+    UserError,
+    load_encoder,
+    load_file,
+    load_tokenizer,
+    save_checkpoint,
+)
 from mmdit import MMDITS, MMDiT
 from model import DECODERS, DITS, ENCODERS, DINOv2, LightningDiT, SigLIP, Tokenizer, ViT
 from results import judge, t2i
@@ -1287,6 +1296,21 @@ def test_checkpoints_are_mapped():
     runs.load_optimiser(adam, content["opt"])
     del content
     assert str(path) not in Path("/proc/self/maps").read_text()
+
+    # the system's refusals are its own; a name that is no UTF-8; a zip whose bytes are no tensors
+    for said in ("unable to mmap 48 bytes from file <x.pt>: Cannot allocate memory (12)",
+                 "unable to open file <x.pt> in read-only mode: Too many open files (24)"):
+        with (patch("torch.load", side_effect=RuntimeError(said)),
+              refused("cannot read checkpoint", said.split(": ")[1][:-5], kind=SystemFailure)):
+            load_file(path)
+    odd = TMP / os.fsdecode(b"\xff.pt")
+    shutil.copy(path, odd)
+    assert torch.equal(load_file(odd)["tokenizer"]["weight"], module.weight)
+    with (zipfile.ZipFile(path) as whole,
+          zipfile.ZipFile(TMP / "small.pt", "w", zipfile.ZIP_DEFLATED) as small):
+        for entry in whole.infolist():
+            small.writestr(entry.filename, whole.read(entry))
+    assert "compressed" in error_of(load_file, TMP / "small.pt")
 
 
 def test_unreadable():
@@ -3088,6 +3112,8 @@ def test_lora():
             assert torch.allclose(moved, delta, atol=1e-7), k
         with refused("lora 3 -> None"):
             execute(tt, *flags[:-2], "--steps", 4, "--out", d / "b")
+        both = tt.parse(["--preset", "tiny", "--lora", "3"])  # stages 1 and 3 do not know of it
+        assert [tt.of_stage(both, n).lora for n in (1, 2, 3)] == [None, 3, None]
         for more in (["--stage", 1], ["--stage", 3], ["--model", "vae"], ["--model", "vfmvae"]):
             with refused("--lora goes with --stage 2"):
                 execute(tt, *SMALL, "--lora", 3, *more, "--out", d / "none")
@@ -3108,8 +3134,8 @@ def test_story():
 
     with open(out / "held_out.csv") as f:
         rows = list(csv.DictReader(f))
-    assert [(row["stage"], row["steps"]) for row in rows] == [
-        ("stage1", "2"), ("stage2", "4"), ("stage3", "6")]
+    assert [(row["stage"], row["begins"], row["steps"]) for row in rows] == [
+        ("stage1", "0", "2"), ("stage2", "2", "4"), ("stage3", "4", "6")]
     tok = frozen(load_tokenizer(out / "stage3.pt"))
     x = data.to_tensor(torch.stack([data.Crops(Shapes("val", n=24, size=32), 32)[item][0]
                                     for item in data.at_random(6, 6, 24)[0]]))
@@ -3121,13 +3147,15 @@ def test_story():
     close(float(rows[2]["probe"]), probe, 1e-4)
 
     with folder() as d:
-        for stage, steps, figures in (("stage1", 10, (9, 50)), ("strong", 30, (20, 60)),
-                                      ("strong", 40, (29, 70)), ("vae", 30, (19, math.nan))):
+        for stage, begins, steps, figures in (
+                ("stage1", 5, 10, (9, 50)), ("strong", 20, 30, (20, 60)),
+                ("strong", 20, 40, (29, 70)), ("vae", 12, 30, (19, math.nan))):
             path = d / f"{stage}_step000000{steps}.png"
             Image.new("RGB", (512, 512), "red").save(path)
             with recorded(story, "chart") as charts, patch.object(
                     ImageDraw.ImageDraw, "ellipse", autospec=True) as points:
-                story.tell(path, stage, steps, dict(zip(("psnr", "probe"), figures), images=5))
+                story.tell(path, stage, begins, steps,
+                           dict(zip(("psnr", "probe"), figures), images=5))
             if steps == 40:
                 assert [call[0][2] for call in charts] == [
                     [(10, 9), (30, 20), (40, 29)], [(10, 50), (30, 60), (40, 70)]]
@@ -3139,10 +3167,30 @@ def test_story():
         assert Image.open(d / "story.png").size == (2 * (story.WIDTH + story.GAP), 2 * (
             3 * (k + story.GAP) + story.GAP + story.HEIGHT))
         assert (d / "held_out.csv").read_text().splitlines()[1:] == [
-            "stage1,10,5,,9,,50", "vae,30,5,,19,,nan"]
+            "stage1,5,10,5,,9,,50", "vae,12,30,5,,19,,nan"]
+        assert charts[0][0][3] == {"stage1": (5, 10), "vae": (12, 30)}, "the stages' bands"
+        story.rewind(d, 29)
+        assert len((d / "held_out.csv").read_text().splitlines()) == 2, "one row is left"
         with recorded(story, "chart") as charts:  # one point, no labels
-            story.tell(d / "vae_step00000030.png", "vae", 5, {"psnr": 7.0, "images": 9})
+            story.tell(d / "vae_step00000030.png", "vae", 0, 5, {"psnr": 7.0, "images": 9})
         assert [call[0][2] for call in charts] == [[(5, 7.0)]]
+
+
+def test_a_picture_fails():
+    """What ends a run while it draws costs no steps: the checkpoint is there, and a resume draws
+    first what was missed. --overwrite forgets the figures of the run before."""
+    with folder() as d:
+        flags = [*SMALL, "--stage", 1, "--out", d / "a", "--steps", 4, "--grid-every", 2]
+        with patch.object(tt, "save_grid", side_effect=UserError("no picture")), refused("picture"):
+            execute(tt, *flags)
+        assert [p.name for p in d.glob("a/*.pt")] == ["stage1_step00000002.pt"]
+        execute(tt, *flags)
+        execute(tt, *flags[:-5], d / "b", *flags[-4:])
+        for name in ("held_out.csv", "stage1_step00000002.png", "story.png"):
+            assert (d / "a" / name).read_bytes() == (d / "b" / name).read_bytes(), name
+        execute(tt, *flags, "--grid-every", 3, "--overwrite")
+        with open(d / "a" / "held_out.csv") as f:
+            assert [row["steps"] for row in csv.DictReader(f)] == ["3", "4"]
 
 
 def test_discriminator_starts_once():
@@ -3666,6 +3714,17 @@ def test_train_with_repa_and_reg():
                 ("no DINOv2, SigLIP",): ["--align=reg", "--align-encoder", d / "tok.pt"]}.items():
             with refused(*words):
                 execute(train_dit, *ours, "--steps", 4, "--out", d / "none", *more)
+        content = load_file(d / "repa" / last)  # other features than it has learned
+        torch.save(random_weights(ViT(24, 1, grid=2), 1).state_dict(), d / "vit.pth")
+        with refused("features", "dit_step00000003.pt"):
+            execute(train_dit, *ours, "--align", "repa", "--out", d / "repa", "--steps", 4)
+        execute(train_dit, *ours, "--align", "reg", "--out", d / "repa", "--steps", 1,
+                "--overwrite")
+        assert rows_of(d / "repa")[0]["class"], "the columns of a log without rows may change"
+        assert content["recipe"]["features"]
+        with refused("--align-encoder nothing"):
+            execute(train_dit, *ours, "--align", "reg", "--align-encoder", "nothing", "--out",
+                    d / "none")
         with refused("--captions and --align exclude each other"):
             train_dit.parse(["--align", "reg", "--align-encoder", "vitb14", "--captions"])
         with refused("go together"):

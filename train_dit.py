@@ -144,7 +144,9 @@ def averages(meter):
 
 def sample_grid(s, args, path):
     """Eight images of up to twelve classes, one class a row. Without guidance, because guidance
-    hides how far the training has come."""
+    hides how far the training has come. One that a resume finds is left as it is."""
+    if path.exists():
+        return
     if s.text:
         return captioned_grid(s, args, path)
     K, labels, n = s.ema.num_classes, None, 64
@@ -273,8 +275,9 @@ def set_up(args, run, tokenizer, data, device):
 
     flow_matching, aligned = losses.flow_matching, None
     if args.align:
+        torch.manual_seed(int(rng(args.seed, "align").integers(2 ** 62)))  # for random:NAME
         with runs.rank_0_first():
-            aligned = load_encoder(args.align_encoder)[0]
+            aligned = load_encoder(args.align_encoder, "--align-encoder")[0]
         aligned.to(device).requires_grad_(False).eval()
         flow_matching = partial(repa.flow_matching, aligned)
 
@@ -300,6 +303,8 @@ def set_up(args, run, tokenizer, data, device):
         "label_drop", "ema_decay", "seed", "align", "align_encoder")}
     if text:
         recipe |= text.recipe
+    if aligned:
+        recipe["features"] = fingerprint(aligned)
     s = SimpleNamespace(
         prefix="dit", recipe=recipe, may_change=("dtype", "accum"), step=0, steps=args.steps,
         log_every=args.log_every, shown=("mse", "cosine"), classes=data.classes if K else [],
@@ -314,7 +319,7 @@ def set_up(args, run, tokenizer, data, device):
 
 def training_latents(s, args, run, data, latents, world, device):
     """Wraps the network for DDP, says what will train, and returns the endless stream of
-    (x, y, normal, z1) from the step on."""
+    (x, y, normal, z1), with --align also images and noise, from the step on."""
     runs.make_fast(s.model, args, device, DoubleBlock, SingleBlock)
     s.ddp_model = runs.wrap(s.model, device)
     K, shape = s.model.num_classes, (s.model.d, *s.model.arguments["grid"])

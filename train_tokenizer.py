@@ -12,9 +12,11 @@ Eight GPUs, stage 2:        torchrun --standalone --nproc_per_node 8 train_token
 A run is a folder, runs/tokenizer: stage{1,2,3}.pt (each a whole tokenizer), the last two
 stage*_step*.pt of each stage (they resume), log.csv, PNG grids (originals above, reconstructions
 below), and story.png: what each stage reconstructs, with curves of held-out PSNR and probe (their
-figures: held_out.csv). The same command resumes it. The paper's baselines, --model vae and --model vavae, are one
-stage each; their result is vae.pt or vavae.pt. --model vfmvae, the other system, has four stages,
-strong, weak, ssim and patchgan (vfm_vae.STAGES), with a checkpoint of that name each.
+figures: held_out.csv). The same command resumes it.
+
+The paper's baselines, --model vae and --model vavae, are one stage each; their result is vae.pt or
+vavae.pt. --model vfmvae, the other system, has four stages, strong, weak, ssim and patchgan
+(vfm_vae.STAGES), with a checkpoint of that name each.
 
 Choices where the paper is silent: README, "Choices".
 
@@ -279,20 +281,21 @@ def validate(tokenizer, train, held_out, args, device, lpips, probes=PROBES):
 @torch.compiler.set_stance("force_eager")  # its dtype and batch would be compiled for little
 def show(s, args, data, held_out, device, path):
     """On the way: a grid at `path`; beside it story.png, with figures that cost little: of a
-    quarter of the held-out images, with a probe of a sixteenth of the training images."""
+    quarter of the held-out images, with a probe of a sixteenth of the training images; at most 512
+    and 2,048."""
     tokenizer = s.ema or s.tokenizer
     order = in_order(min(8, len(held_out)), 8)
     x, _ = next(batches(Crops(held_out, args.size), order, 0, device))
     save_grid([x, tokenizer.decode(tokenizer.encode(x))], path)
 
     few = copy.copy(args)
-    few.val_images = math.ceil(min(args.val_images, len(held_out)) / 4)
-    train, n = None, math.ceil(args.encode_images / 16)
+    few.val_images = min(512, math.ceil(min(args.val_images, len(held_out)) / 4))
+    train, n = None, min(2048, math.ceil(args.encode_images / 16))
+    figures = {"images": few.val_images}
     if labelled(data, held_out):
         train = encode_images(tokenizer, data, args.size, n, args.workers, device)
-    figures = {"images": few.val_images}
     figures |= validate(tokenizer, train, held_out, few, device, s.lpips, {"probe": "latents"})
-    story.tell(path, s.prefix, s.steps_before + s.step, figures)
+    story.tell(path, s.prefix, s.steps_before, s.steps_before + s.step, figures)
 
 
 # ---- setting up a stage
@@ -541,6 +544,8 @@ def resume_stage(s, args, run):
             raise UserError(f"{final} is at step {done['step']} of {s.steps}, but its "
                             f"{s.prefix}_step*.pt are gone; --overwrite starts the stage again")
     run.resume(s, stage=(s.number,))
+    if run.rank == 0:
+        story.rewind(run.out, s.steps_before + s.step)
     return False
 
 
@@ -666,6 +671,8 @@ def parse_vfmvae(args):
 def of_stage(args, stage):
     """The arguments of one stage: what no flag gives is the stage's (vfm_vae.STAGES)."""
     args = copy.copy(args)
+    if stage != 2:
+        args.lora = None
     if args.model == "vfmvae":
         row = vfm_vae.STAGES[stage]
         args.lr = row["lr"] if args.lr is None else args.lr

@@ -65,8 +65,8 @@ def write_data(folder):
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     unseen = [caption for caption in written if left_out(caption)]
-    (folder / "prompts.txt").write_text("\n".join(unseen[:PROMPTS]) + "\n")
     (folder / "00000.tar.part").rename(folder / "00000.tar")
+    (folder / "prompts.txt").write_text("\n".join(unseen[:PROMPTS]) + "\n")
     for name, part in (("to train on", set(written).difference(unseen)), ("left out", unseen)):
         images = sum(caption in part for caption in written)
         print(f"{name}: {images} images, {len({tuple(parse(c)) for c in part})} combinations")
