@@ -412,8 +412,11 @@ class Run:
         self.defer_signals(False)
 
     def forget(self, prefix):
-        """--overwrite: deletes checkpoints and pictures."""
+        """--overwrite: deletes checkpoints and pictures; and a log with other columns."""
         if self.rank == 0:
+            log = self.out / "log.csv"
+            if log.exists() and log.read_text().split("\n")[0] != ",".join(self.columns):
+                log.unlink()
             for path in (self.out / f"{prefix}.pt", *step_files(self.out, prefix, "(pt|png)")):
                 path.unlink(missing_ok=True)
         barrier()  # nobody resumes from what is being deleted
@@ -438,11 +441,11 @@ class Run:
         head, rows = f"{header}\n", []
         if log.exists():
             with reading(log, "log"):
-                columns, *rows = log.read_text().splitlines(keepends=True) or [head]
+                head, *rows = log.read_text().splitlines(keepends=True) or [head]
+                if head.strip() != header:
+                    raise UserError(f"{log} has other columns; move it away or choose another --out")
                 rows = [row for row in rows if row.endswith("\n")  # else a kill has cut it
                         and tuple(map(int, row.split(",")[:len(position)])) <= position]
-                if rows and columns.strip() != header:
-                    raise UserError(f"{log} has other columns; move it away or choose another --out")
         write_atomically(log, lambda f: f.write("".join([head, *rows]).encode()))
 
 
