@@ -156,13 +156,14 @@ def load_file(path, kind="checkpoint"):
         if mapped:
             with zipfile.ZipFile(f) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
-                compressed = any(entry.compress_type for entry in archive.infolist())
-                if compressed or unpacked > os.path.getsize(path):  # torch.save does not compress
-                    raise ValueError("it is compressed")
+                if unpacked > os.path.getsize(path):  # torch.save does not compress
+                    raise ValueError("it would unpack to more than its size")
                 if damaged := archive.testzip():
                     raise ValueError(f"the CRC of {damaged} differs")
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     raise ValueError("TorchScript, as OpenAI's CLIP: a program, which is never run")
+                if any(entry.compress_type for entry in archive.infolist()):
+                    raise ValueError("it is compressed")  # mapped, it would be read as it stands
         # mapped: no copy in memory, and all ranks share its pages; torch takes names in UTF-8 alone
         mapped = mapped and not re.search("[\ud800-\udfff]", os.fspath(path))
         f.seek(0)

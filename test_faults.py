@@ -661,20 +661,26 @@ def test_full_disk_anywhere():
 
 
 def test_full_disk_tokenizer():
-    """Log, picture, checkpoint: one line each, and what was good is still there."""
+    """Log, checkpoint, pictures: one line each, and what was good is still there."""
     with folder() as d:
         shutil.copytree(small_run(), d / "tok")
         rewritten = {"log.csv", ".lock", "held_out.csv", "story.png"}
         before = {p.name: p.read_bytes() for p in (d / "tok").iterdir() if p.name not in rewritten}
-        ours = [*SMALL, "--out", d / "tok", "--stage", "1", "--steps", "4"]
+        ours = [*SMALL, "--out", d / "tok", "--stage", "1", "--steps", "4", "--grid-every", "4"]
         four = "stage1_step00000004"
-        for limit, name in ((300, "log.csv"), (10_000, f"{four}.png"),
-                            (90_000, "story.png"), (3_000_000, f"{four}.pt")):
-            with full_disk(limit), refused("cannot write", name, "File too large"):
-                execute(tt, *ours, "--grid-every", "4")
-        after = {p.name: p.read_bytes() for p in (d / "tok").iterdir()
-                 if p.name not in rewritten}
-        assert after.pop(f"{four}.png") and after == before
+        for limits in ({300: "log.csv", 3_000_000: f"{four}.pt"},
+                       {10_000: f"{four}.png", 90_000: "story.png"}):
+            for limit, name in limits.items():
+                with full_disk(limit), refused("cannot write", name, "File too large"):
+                    execute(tt, *ours)
+            after = {p.name: p.read_bytes() for p in (d / "tok").iterdir()
+                     if p.name not in rewritten}
+            assert ({after.pop(f"{four}.{kind}", None) is None for kind in ("pt", "png")}
+                    == {300 in limits}) and after == before
+            # the checkpoint is there, and its pictures come first at the next start
+            with (patch.object(tt, "save_grid", side_effect=UserError("no picture")),
+                  refused("no picture")):
+                execute(tt, *ours)
 
 
 def test_full_disk_log():
