@@ -171,6 +171,7 @@ def generator_on(device, dtype):
     """(s, args, batch) of train_dit.py."""
     model = LightningDiT(**DITS["tiny"], grid=(4, 4), num_classes=12).to(device)
     s = SimpleNamespace(model=model, ddp_model=model, encode=False, shift=1.0,
+                        flow_matching=losses.flow_matching,
                         meter=runs.Meter(device),
                         ema=copy.deepcopy(model).requires_grad_(False),
                         trained=[p for p in model.parameters() if p.requires_grad],
