@@ -1957,6 +1957,15 @@ def test_vfm_vae_objective():
              for f in (rec + 0.1 * terms["multires"][1], terms["vf"][1])]
     found = losses.adaptive_weight(rec, *terms["vf"][1:])
     close(found.item(), (norms[0] / (norms[1] + 1e-4)).item(), 1e-4)
+    # the published table: lr, images, l1, lpips, ssim, multires, vf, kl, gan, patchgan
+    for stage, row in {"strong": (1e-4, 20e6, 1, 10, 0, 0.1, 5, 1e-6, 1, 0),
+                       "weak": (1e-4, 20e6, 1, 10, 0, 0, 1, 1e-6, 1, 0),
+                       "ssim": (5e-5, 1e6, 1, 2, 1, 0, 0, 0, 1, 0),
+                       "patchgan": (5e-5, 3e6, 0, 0, 0, 0, 0, 0, 1, 1)}.items():
+        names = ["lr", "images", "l1", "lpips", "ssim", "multires", "vf", "kl", "gan", "patchgan"]
+        assert tuple(vfm_vae.STAGES[stage][k] for k in names) == row, stage
+        of_stage = tt.of_stage(tt.parse(["--model", "vfmvae"]), stage)
+        assert (of_stage.lr, of_stage.w_p) == (row[0], row[3]), stage
     for stage, parts in (("strong", 3), ("weak", 3), ("ssim", 3), ("patchgan", 3)):
         names = vfm_vae.STAGES[stage]["trains"]
         assert len(names) == parts and all(tok.get_submodule(name) for name in names)
