@@ -415,7 +415,8 @@ class Run:
         """--overwrite: deletes checkpoints and pictures; and a log with other columns."""
         if self.rank == 0:
             log = self.out / "log.csv"
-            if log.exists() and log.read_text().split("\n")[0] != ",".join(self.columns):
+            if log.is_file() and log.read_bytes().split(b"\n")[0].decode(
+                    errors="replace").strip() != ",".join(self.columns):
                 log.unlink()
             for path in (self.out / f"{prefix}.pt", *step_files(self.out, prefix, "(pt|png)")):
                 path.unlink(missing_ok=True)
