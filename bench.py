@@ -8,13 +8,16 @@ and times the second. Ratios are the other's median time over ours. Ours runs in
 CPU in fp32 too, on a GPU compiled too. Peers run in fp32 on a CPU, in --dtype auto on a GPU.
 """
 import argparse
+import contextlib
 import gc
 import importlib.util
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -256,14 +259,14 @@ ROWS = {"features": partial(encoder, backward=False), "encoder": encoder, "decod
 # The real sizes: row -> (work, images)
 GPU_ROWS = {
     "ceilings": (ceilings, 0),
-    "vit-l 1": (partial(stage, number=1, name="vitl14", n=32), 32),
-    "vit-l 2": (partial(stage, number=2, name="vitl14", n=32), 32),
-    "vit-l 2c": (partial(stage, number=2, name="vitl14", n=32, checkpointing=True), 32),
-    "vit-l 3": (partial(stage, number=3, name="vitl14", n=32), 32),
     "xl 64": (partial(dit, name="XL/1", n=64), 64),
-    "xl 128": (partial(dit, name="XL/1", n=128), 128),
+    "vit-l 2": (partial(stage, number=2, name="vitl14", n=32), 32),
+    "vit-l 1": (partial(stage, number=1, name="vitl14", n=32), 32),
+    "vit-l 3": (partial(stage, number=3, name="vitl14", n=32), 32),
+    "vit-l 2c": (partial(stage, number=2, name="vitl14", n=32, checkpointing=True), 32),
     "sampling": (sampling, 64), "inception": (inception, 50),
-    "encoder": (encoder, 8), "decoder": (decoder, 2), "dit": (dit, 8)}
+    "decoder": (decoder, 2), "encoder": (encoder, 8), "dit": (dit, 8),
+    "xl 128": (partial(dit, name="XL/1", n=128), 128)}
 
 
 def timed(work):
@@ -275,20 +278,32 @@ def timed(work):
     return time.perf_counter() - begin
 
 
+def warm_up(once):
+    """(GFLOP, peak GiB or None) of the work; on a GPU its second run is compiled."""
+    # on a CPU the counter knows this kind of attention only
+    math = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+    with FlopCounterMode(display=False) as counter, math, torch.compiler.set_stance("force_eager"):
+        once()
+    if device.type == "cpu":
+        return counter.get_total_flops() / 1e9, None
+    timed(once)
+    torch.cuda.reset_peak_memory_stats()
+    timed(once)
+    return counter.get_total_flops() / 1e9, torch.cuda.max_memory_allocated() / 2 ** 30
+
+
 def measure(row, work, images=0):
     with tempfile.TemporaryDirectory() as folder:
         sides, gflop, peak, times = dict(work(folder)), {}, {}, defaultdict(list)
-        for side, once in sides.items():  # to warm up
-            # the counter knows this kind of attention only
-            with (FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH),
-                  torch.compiler.set_stance("force_eager")):
-                once()
-            gflop[side] = counter.get_total_flops() / 1e9
+        for side in list(sides):
+            try:
+                gflop[side], peak[side] = warm_up(sides[side])
+            except torch.OutOfMemoryError as e:
+                print(f"{row:8}  {side:14} out of memory: {str(e).splitlines()[0]}", flush=True)
+                del sides[side]
+            gc.collect()
             if device.type == "cuda":
-                timed(once)  # compiles
-                torch.cuda.reset_peak_memory_stats()
-                timed(once)
-                peak[side] = torch.cuda.max_memory_allocated() / 2 ** 30
+                torch.cuda.empty_cache()
         for side in [*sides, *reversed(sides)] * args.rounds:
             timed(sides[side])  # memory still has the shape that another side left
             times[side].append(timed(sides[side]))
@@ -301,7 +316,7 @@ def measure(row, work, images=0):
         if images:
             figures["images/s"] = images / seconds
             ratios.insert(0, f"{images / seconds:.1f} images/s")
-        if peak:
+        if peak[side]:
             figures["peak GiB"] = peak[side]
             ratios.insert(0, f"{peak[side]:.1f} GiB")
         print(f"{row:8}  {side:14} {seconds:8.3f} s {gflop[side]:6.0f} GFLOP {rate:4.0f} GFLOP/s ",
@@ -327,13 +342,14 @@ if __name__ == "__main__":
     torch.set_default_device(device)
     torch.backends.cudnn.benchmark = True
     results = []
+    failed = False
     for row in args.rows or table:
         try:
             results += measure(row, *table[row])
-        except torch.OutOfMemoryError as e:
-            print(f"{row:8}  out of memory: {str(e).splitlines()[0]}", flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+        except RuntimeError:  # the next row may be measured
+            traceback.print_exc()
+            failed = True
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "bench.json").write_text(json.dumps(results, indent=1))
+    sys.exit(failed)

@@ -4,15 +4,17 @@
     python test_smoke.py --device cpu compile fake              what needs none
 
 A line a figure: PASS, FAIL or SKIP, its name, the figure, its bound, the seconds of its check. With
---out the same as FOLDER/test_gpu.json. Networks and images are random; there is nothing to download.
+--out the same as FOLDER/CHECK.json. Networks and images are random; there is nothing to download.
 """
 import argparse
+import contextlib
 import copy
-import functools
 import json
 import signal
 import time
 import traceback
+import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -33,7 +35,7 @@ from baselines import VAE
 from data import to_uint8
 from mmdit import MMDITS, DoubleBlock, MMDiT, SingleBlock
 from model import DECODERS, DITS, ENCODERS, Decoder, DINOv2, LightningDiT, Tokenizer, update_ema
-from test_smoke import complete, end, folder, random_weights, stage_by_hand, start
+from test_smoke import complete, end, folder, kill, random_weights, stage_by_hand, start
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -102,30 +104,37 @@ def outcome(network, inputs, device, dtype, of_inputs=True):
 
 
 def compare(device):
-    """Relative norm of what differs: of the output, and of the worst parameter's gradient."""
-    fp32 = {"fp32": (FP32, False, 1e-5, 1e-4), "torch's flags": (FP32, True, 2e-3, 2e-2)}
     for name, (network, *inputs) in networks().items():
-        torch.manual_seed(0)
-        random_weights(network, scale=0.02)
-        of_inputs = not name.startswith(("dinov2", "features"))  # an encoder's image needs none
-        wanted, gradients = outcome(network, inputs, torch.device("cpu"), FP32, of_inputs)
-        largest = max(g.norm() for g in gradients.values())
-        noisy = name in ("patchgan", "lpips")
-        modes = fp32 | {"bf16": (BF16, False, *([0.1, 0.1] if noisy else [2e-2, 5e-2]))}
-        if name.startswith("inception"):
-            modes = fp32  # figures are never in bf16
-        for mode, (dtype, tf32, bound, gradient_bound) in modes.items():
-            torch.backends.cudnn.allow_tf32 = tf32
-            found, own = outcome(network, inputs, device, dtype, of_inputs)
-            torch.backends.cudnn.allow_tf32 = False
-            yield f"{name}, {mode}", ((found - wanted).norm() / wanted.norm()).item(), bound
-            # a gradient that is zero but for rounding has no relative error
-            worst = max((own[k] - g).norm() / max(g.norm(), 1e-3 * largest)
-                        for k, g in gradients.items())
-            yield f"{name}, {mode}, gradient", worst.item(), gradient_bound
+        yield name, partial(differences, name, network, inputs, device)
+
+
+def differences(name, network, inputs, device):
+    """Relative norm of what differs: of the output, and of the worst parameter's gradient."""
+    torch.manual_seed(0)
+    random_weights(network, scale=0.02)
+    of_inputs = not name.startswith(("dinov2", "features"))  # an encoder's image needs none
+    wanted, gradients = outcome(network, inputs, torch.device("cpu"), FP32, of_inputs)
+    largest = max(g.norm() for g in gradients.values())
+    noisy = name in ("patchgan", "lpips")
+    modes = {"fp32": (FP32, False, 1e-5, 1e-4), "torch's flags": (FP32, True, 2e-3, 2e-2)}
+    if not name.startswith("inception"):  # figures are never in bf16
+        modes["bf16"] = (BF16, False, *([0.1, 0.1] if noisy else [2e-2, 5e-2]))
+    for mode, (dtype, tf32, bound, gradient_bound) in modes.items():
+        torch.backends.cudnn.allow_tf32 = tf32
+        found, own = outcome(network, inputs, device, dtype, of_inputs)
+        torch.backends.cudnn.allow_tf32 = False
+        yield f"{name}, {mode}", ((found - wanted).norm() / wanted.norm()).item(), bound
+        # a gradient that is zero but for rounding has no relative error
+        worst = max((own[k] - g).norm() / max(g.norm(), 1e-3 * largest)
+                    for k, g in gradients.items())
+        yield f"{name}, {mode}, gradient", worst.item(), gradient_bound
 
 
 def sampler(device):
+    yield "sampler", partial(sampled, device)
+
+
+def sampled(device):
     """Eight guided steps of Heun to bytes: how many per cent differ, and by how much."""
     torch.manual_seed(0)
     dit = random_weights(LightningDiT(**DITS["tiny"], grid=(4, 4), num_classes=12))
@@ -159,7 +168,7 @@ def stage_on(device, stage, dtype, width="tiny"):
     frozen = copy.deepcopy(tokenizer).requires_grad_(False) if stage == 2 else None
     s, args = stage_by_hand(tokenizer, losses.PatchGAN(16).to(device), frozen)
     args.w_p, s.lpips = 1.0, losses.LPIPS().to(device)
-    s.autocast = functools.partial(runs.autocast, device, dtype)
+    s.autocast = partial(runs.autocast, device, dtype)
     s.ema, s.meter = copy.deepcopy(tokenizer).requires_grad_(False), runs.Meter(device)
     trained = [p for p in tokenizer.parameters() if p.requires_grad]
     s.opt_g = torch.optim.Adam(trained, 1e-4, fused=True)
@@ -175,7 +184,7 @@ def generator_on(device, dtype):
                         meter=runs.Meter(device),
                         ema=copy.deepcopy(model).requires_grad_(False),
                         trained=[p for p in model.parameters() if p.requires_grad],
-                        autocast=functools.partial(runs.autocast, device, dtype))
+                        autocast=partial(runs.autocast, device, dtype))
     s.opt = torch.optim.AdamW(s.trained, 1e-4, fused=True)
     z0, z1 = torch.randn(2, 4, 32, 4, 4, device=device)
     batch = z0, torch.tensor([0, 1, 2, 12], device=device), torch.randn(4, device=device), z1
@@ -184,6 +193,20 @@ def generator_on(device, dtype):
 
 def waits(device):
     """Three steps in which nothing waits for the device. The first one may: cuDNN looks around."""
+    def waiting(name, step, arguments):
+        step(*arguments)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                for _ in range(3):
+                    step(*arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        places = [f"{Path(w.filename).name}:{w.lineno}" for w in seen
+                  if "synchronizing" in str(w.message)]
+        yield f"{name} waits for the device {' '.join(sorted(set(places)))}", len(places), 0
+
     def step_tokenizer(s, args, x):
         s.meter.add(1, tt.training_step(x, [], s, args, True, True))
         tt.update(s, args)
@@ -194,22 +217,15 @@ def waits(device):
 
     rows = [(f"stage {k}", step_tokenizer, stage_on(device, k, BF16)) for k in (1, 2, 3)]
     rows.append(("the generator", step_generator, generator_on(device, BF16)))
-    for name, step, arguments in rows:
-        step(*arguments)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(3):
-                step(*arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        yield f"{name} waits for the device", 0, 0
+    for row in rows:
+        yield row[0], partial(waiting, *row)
 
 
-def compiled(device, systems=("stage 2", "vavae", "lightningdit")):
+def compiled(device, system):
     """Loss and gradients of compiled networks beside eager ones; the number of graphs. On a CPU
     the graphs are traced and run, but not turned into kernels, at the smallest sizes."""
     gpu = device.type == "cuda"
-    compiler = torch.compile if gpu else functools.partial(torch.compile, backend="aot_eager")
+    compiler = torch.compile if gpu else partial(torch.compile, backend="aot_eager")
     dtype, small = (BF16 if gpu else FP32), {"ch": 4, "ch_mult": [1] * 5, "num_res_blocks": 0}
     decoder = DECODERS["vavae"] if gpu else small
     encoder = ENCODERS["vitb14"] if gpu else {"dim": 64, "depth": 2, "grid": 2}
@@ -230,18 +246,18 @@ def compiled(device, systems=("stage 2", "vavae", "lightningdit")):
         frozen = Tokenizer(encoder, decoder).to(device).requires_grad_(False)
         frozen.latent_std.fill_(1)
         s, args = stage_by_hand(network, losses.PatchGAN(16).to(device), frozen)
-        s.autocast = functools.partial(runs.autocast, device, dtype)
+        s.autocast = partial(runs.autocast, device, dtype)
         s.lpips, args.w_p, inputs = random_weights(losses.LPIPS(), scale=0.02).to(device), 1.0, []
         if compile:
             runs.compile_parts([(s.lpips, "distance")])
         if isinstance(network, VAE):
             args.model, s.reference, inputs = "vavae", frozen.encoder, [noise]
-            s.objective = functools.partial(baselines.objective, s, args)
+            s.objective = partial(baselines.objective, s, args)
         if isinstance(network, vfm_vae.VFMVAE):
             s.stage, s.step, s.steps, args.w_gan, inputs = "strong", 0, 8, 1.0, [noise]
             s.discriminator = s.ddp_discriminator = vfm_vae.Discriminators(
                 losses.PatchGAN(16), 16, last_stage=False).to(device)
-            s.objective = functools.partial(vfm_vae.objective, s, args)
+            s.objective = partial(vfm_vae.objective, s, args)
         gan = not hasattr(s, "stage")  # VFM-VAE has its own
         return tt.training_step(x, inputs, s, args, gan, True)["rec"]
 
@@ -255,37 +271,41 @@ def compiled(device, systems=("stage 2", "vavae", "lightningdit")):
         return loss.item(), torch.cat([p.grad.flatten().float() for p in network.parameters()
                                        if p.grad is not None])
 
-    stats = torch._dynamo.utils.counters
+    def beside_eager(name, build, checkpointing, graphs):
+        loss, gradients = step(build, False, checkpointing)
+        torch._dynamo.reset()
+        stats = torch._dynamo.utils.counters
+        stats.clear()
+        with patch("torch.compile", compiler):
+            own, found = step(build, True, checkpointing)
+        exact = 1 if gpu else 1e-3
+        yield f"compiled {name}, loss", abs(own - loss) / abs(loss), 1e-2 * exact
+        yield (f"compiled {name}, gradient", ((gradients - found).norm() / gradients.norm()).item(),
+               5e-2 * exact)
+        yield f"compiled {name}, graphs", stats["stats"]["unique_graphs"], graphs
+        yield f"compiled {name}, broken graphs", sum(stats["graph_break"].values()), 0
+
     dit = {"grid": noise.shape[2:], "d": 32, "num_classes": 5} | (
         DITS["B/1"] if gpu else {"dim": 32, "depth": 2, "heads": 2})
     mmdit = {"grid": noise.shape[2:], "patch": 1, "text": 22, "pooled": 8} | MMDITS["tiny"]
     vfm = vfm_vae.reading_sizes("tiny", DINOv2(**encoder))
     # with LPIPS, whose five taps are five graphs
-    for name, build, graphs, graphs_checkpointing in (
-            ("stage 2", lambda: Tokenizer(encoder, decoder), 7, 15 if gpu else 11),
-            ("vavae", lambda: VAE(decoder, 32, dim), 10, 15 if gpu else 10),
-            ("vfm-vae", lambda: vfm_vae.VFMVAE({"dinov2": encoder}, **vfm), 11, 12),
-            ("lightningdit", lambda: LightningDiT(**dit), 1, 1),
-            ("mmdit", lambda: MMDiT(**mmdit), 2, 2)):
-        if name not in systems:
-            continue
-        for checkpointing in (False, True):
-            full = f"compiled {name}" + ", checkpointing" * checkpointing
-            loss, gradients = step(build, False, checkpointing)
-            torch._dynamo.reset()
-            stats.clear()
-            with patch("torch.compile", compiler):
-                own, found = step(build, True, checkpointing)
-            exact = 1 if gpu else 1e-3
-            yield f"{full}, loss", abs(own - loss) / abs(loss), 1e-2 * exact
-            yield (f"{full}, gradient", ((gradients - found).norm() / gradients.norm()).item(),
-                   5e-2 * exact)
-            yield (f"{full}, graphs", stats["stats"]["unique_graphs"],
-                   graphs_checkpointing if checkpointing else graphs)
-            yield f"{full}, broken graphs", sum(stats["graph_break"].values()), 0
+    build, *graphs = {
+        "stage-2": (lambda: Tokenizer(encoder, decoder), 7, 15 if gpu else 11),
+        "vavae": (lambda: VAE(decoder, 32, dim), 10, 15 if gpu else 10),
+        "vfmvae": (lambda: vfm_vae.VFMVAE({"dinov2": encoder}, **vfm), 11, 12),
+        "lightningdit": (lambda: LightningDiT(**dit), 1, 1),
+        "mmdit": (lambda: MMDiT(**mmdit), 2, 2)}[system]
+    for checkpointing, number in enumerate(graphs):
+        name = system + ", checkpointing" * checkpointing
+        yield name, partial(beside_eager, name, build, bool(checkpointing), number)
 
 
 def fake(device):
+    yield "fake", fake_steps
+
+
+def fake_steps():
     """Every training step on a CUDA device that is not there: tensors with a shape and a device,
     but no numbers, so that one which was left on the CPU is found. The backward passes need a
     driver, and are left out."""
@@ -317,7 +337,7 @@ def fake(device):
                     moved(part)
             x = on_cuda(x)
             with mode:
-                s.autocast = functools.partial(runs.autocast, cuda, BF16)
+                s.autocast = partial(runs.autocast, cuda, BF16)
                 log = tt.training_step(x, [], s, args, True, True)
                 update_ema(s.ema, s.tokenizer, 0.9)
             yield f"stage {stage}, figures on the CPU", sum(v.is_cpu for v in log.values()), 0
@@ -325,23 +345,30 @@ def fake(device):
         batch = tuple(map(on_cuda, batch))
         moved(s.model)
         with mode:
-            s.autocast = functools.partial(runs.autocast, cuda, BF16)
+            s.autocast = partial(runs.autocast, cuda, BF16)
             log = train_dit.training_step(batch, s, args, True)
         yield "generator, figures on the CPU", sum(v.is_cpu for v in log.values()), 0
 
 
 def scripts(device):
-    """The scripts as processes: the preset tiny, 12 steps a stage, alone and under torchrun with
-    one rank; a stop and a resume; train_dit, sample and fid after them."""
-    with folder() as d:
+    yield "scripts", tiny_scripts
+
+
+def tiny_scripts():
+    """The scripts as processes: the preset tiny, 12 steps a stage, compiled under torchrun with one
+    rank; beside it eager and alone, and after that a stop and a resume of train_dit, sample and
+    fid."""
+    with folder() as d, contextlib.ExitStack() as ends:
         tiny = ["--preset", "tiny", "--steps", 12, "--val-images", 64, "--encode-images", 256]
-        for ranks, name in ((0, "alone"), (1, "torchrun")):
-            complete("train_tokenizer.py", *tiny, "--out", d / name, ranks=ranks)
-            yield f"train_tokenizer.py, {name}", 0, 0
+        ranks = start("train_tokenizer.py", *tiny, "--out", d / "torchrun", ranks=1)
+        ends.callback(kill, ranks)
+        complete("train_tokenizer.py", *tiny, "--no-compile", "--out", d / "alone")
+        yield "train_tokenizer.py, alone", 0, 0
         flags = [*tiny[:2], "--tokenizer", d / "alone/stage3.pt", "--out", d / "dit", "--data",
                  "shapes", "--save-every", 20]
         process = start("train_dit.py", *flags, "--steps", 100_000)
-        deadline = time.time() + 60
+        ends.callback(kill, process)
+        deadline = time.time() + 100
         while not list(d.glob("dit/dit_step*.pt")) and time.time() < deadline:
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
@@ -353,18 +380,59 @@ def scripts(device):
                  "--tokenizer", d / "alone/stage3.pt", "-n", 64, "--steps", 8, "--out", d / "s.npz")
         complete("fid.py", "--probe", d / "alone/stage3.pt", "shapes", "shapes")
         yield "sample.py, fid.py", 0, 0
+        said = end(ranks)
+        assert ranks.returncode == 0, said[-3000:]
+        yield "train_tokenizer.py, torchrun", 0, 0
 
 
 # ---- to run them
 
-CHECKS = {"compare": compare, "sampler": sampler, "waits": waits, "compiled": compiled,
-          "fake": fake, "scripts": scripts,
-          "others": functools.partial(compiled, systems=("vfm-vae", "mmdit"))}
+CHECKS = {"compare": compare, "sampler": sampler, "waits": waits, "fake": fake, "scripts": scripts}
+for system in ("stage-2", "vavae", "vfmvae", "lightningdit", "mmdit"):
+    CHECKS[f"compiled-{system}"] = partial(compiled, system=system)
 NEED_A_GPU = ("compare", "sampler", "waits")
 
 
-def late(*_):
-    raise TimeoutError("the check is past its deadline")
+def run_check(name, check, device, seconds):
+    """Says and returns the rows of a check. What fails in one part does not hide the next; after
+    the deadline there is none."""
+    rows, began = [], time.time()
+
+    def say(result, title, figure, bound):
+        took = round(time.time() - began, 1)
+        rows.append({"result": result, "name": title, "figure": figure, "bound": bound,
+                     "seconds": took})
+        number = f"{figure:.3g}" if isinstance(figure, float) else figure
+        print(f"{result} {title}: {number} ({bound}) {took} s", flush=True)
+
+    def failed(title, e):
+        traceback.print_exception(e)
+        say("FAIL", title, f"{type(e).__name__}: {str(e).splitlines()[:1]}", "-")
+
+    def late(*_):
+        raise TimeoutError(f"after {seconds} s")
+
+    if name in NEED_A_GPU and device.type == "cpu":
+        say("SKIP", name, "no GPU", "-")
+        return rows
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, late)
+        signal.alarm(seconds)
+    try:
+        for part, figures in check(device):
+            try:
+                for title, figure, bound in figures():
+                    # not `>`: NaN is above no bound
+                    say("PASS" if figure <= bound else "FAIL", title, figure, bound)
+            except TimeoutError:
+                raise
+            except Exception as e:  # noqa: BLE001, whatever a part raises is its failure
+                failed(f"{name}, {part}", e)
+    except Exception as e:  # noqa: BLE001, as above
+        failed(name, e)
+    if hasattr(signal, "SIGALRM"):
+        signal.alarm(0)
+    return rows
 
 
 def main(argv=None):
@@ -372,42 +440,19 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("words", nargs="*", help="checks whose names hold one of them (default: all)")
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    p.add_argument("--seconds", type=int, default=100, help="deadline of a check")
-    p.add_argument("--out", type=Path, help="folder for test_gpu.json")
+    p.add_argument("--seconds", type=int, default=100, help="deadline of a check (default: %(default)s)")
+    p.add_argument("--out", type=Path, help="folder for CHECK.json")
     args = p.parse_args(argv)
     runs.setup_ranks()  # no TF32
-    device, rows = torch.device(args.device), []
-
-    def say(result, name, figure, bound, seconds):
-        rows.append({"result": result, "name": name, "figure": figure, "bound": bound,
-                     "seconds": round(seconds, 1)})
-        number = f"{figure:.3g}" if isinstance(figure, float) else figure
-        print(f"{result} {name}: {number} ({bound}) {seconds:.1f} s", flush=True)
-
+    rows = []
     for name, check in CHECKS.items():
         if args.words and not any(word in name for word in args.words):
             continue
-        if name in NEED_A_GPU and args.device == "cpu":
-            say("SKIP", name, "no GPU", "-", 0)
-            continue
-        began = time.time()
-        if hasattr(signal, "SIGALRM"):
-            signal.signal(signal.SIGALRM, late)
-            signal.alarm(args.seconds)
-        try:
-            for figure_name, figure, bound in check(device):
-                # not `>`: NaN is above no bound
-                result = "PASS" if figure <= bound else "FAIL"
-                say(result, figure_name, figure, bound, time.time() - began)
-        except Exception as e:  # noqa: BLE001, whatever a check raises is its failure
-            traceback.print_exc()
-            say("FAIL", name, f"{type(e).__name__}: {str(e).splitlines()[:1]}", "-",
-                time.time() - began)
-        if hasattr(signal, "SIGALRM"):
-            signal.alarm(0)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "test_gpu.json").write_text(json.dumps(rows, indent=1))
+        found = run_check(name, check, torch.device(args.device), args.seconds)
+        rows += found
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / f"{name}.json").write_text(json.dumps(found, indent=1))
     failed = sum(row["result"] == "FAIL" for row in rows)
     print(f"{len(rows) - failed} passed or skipped, {failed} failed")
     raise SystemExit(failed > 0)

@@ -1,17 +1,27 @@
 #!/usr/bin/env bash
 # What a GPU computes and how fast, in about four minutes on one: results/gpu.sh FOLDER
 # No data and no weights are needed. Without a GPU: DEVICE=cpu results/gpu.sh FOLDER
-# Not in it: VFM-VAE and MMDiT compiled,  python test_smoke.py --device cuda others
+# The checks of test_gpu.py run side by side, as they are not timed; then bench.py, alone.
 set -uo pipefail
 folder=$(realpath -m "${1:?results/gpu.sh FOLDER}")
 device=${DEVICE:-cuda}
+if [ "$device" = cuda ]; then threads=4 seconds=150; else threads=1 seconds=900; fi
 cd "$(dirname "$0")/.."
 mkdir -p "$folder"
-python test_smoke.py --device "$device" --out "$folder" compare sampler waits compiled fake scripts 2>&1 | tee "$folder/test_gpu.log"
-tests=$?
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+failed=0 pids=()
+for checks in "compare sampler waits fake" scripts compiled-{stage-2,vavae,vfmvae,lightningdit,mmdit}; do
+    # shellcheck disable=SC2086  # words
+    python test_smoke.py --device "$device" --out "$folder" --seconds "$seconds" $checks > "$folder/${checks%% *}.log" 2>&1 &
+    pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+grep -hE '^(PASS|FAIL|SKIP) ' "$folder"/{compare,scripts,compiled-*}.log
+echo "checks: ${SECONDS} s"
 if [ "$device" = cuda ]; then
-    timeout 110 python bench.py --device cuda --rounds 1 --out "$folder" 2>&1 | tee "$folder/bench.log"
+    timeout "${BENCH_SECONDS:-140}" python bench.py --device cuda --rounds 1 --out "$folder" 2>&1 | tee "$folder/bench.log"
 else
     python bench.py --rows frechet loading --rounds 1 --out "$folder" 2>&1 | tee "$folder/bench.log"
 fi
-exit $tests
+echo "all: ${SECONDS} s"
+exit $failed
