@@ -292,9 +292,20 @@ def warm_up(once):
     return counter.get_total_flops() / 1e9, torch.cuda.max_memory_allocated() / 2 ** 30
 
 
+def profiled(work):
+    """The kernels that take most of the time, as a table."""
+    with torch.profiler.profile() as profile:
+        timed(work)
+    kind = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return profile.key_averages().table(sort_by=kind, row_limit=30, max_name_column_width=90)
+
+
 def measure(row, work, images=0):
     with tempfile.TemporaryDirectory() as folder:
         sides, gflop, peak, times = dict(work(folder)), {}, {}, defaultdict(list)
+        if not args.rounds:
+            sides.get("ours compiled", lambda: None)()
+            return
         for side in list(sides):
             try:
                 gflop[side], peak[side] = warm_up(sides[side])
@@ -307,6 +318,9 @@ def measure(row, work, images=0):
         for side in [*sides, *reversed(sides)] * args.rounds:
             timed(sides[side])  # memory still has the shape that another side left
             times[side].append(timed(sides[side]))
+        if args.profile:
+            side = "ours compiled" if device.type == "cuda" else "ours"
+            print(f"{row}, {side}\n{profiled(sides[side])}", flush=True)
     median = {side: statistics.median(seconds) for side, seconds in times.items()}
     for side, seconds in median.items():
         ratios = [f"{seconds / median[ours]:.2f} x {ours}" for ours in median
@@ -329,9 +343,10 @@ if __name__ == "__main__":
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     p.add_argument("--rows", nargs="+", choices=[*ROWS, *GPU_ROWS], help="default: all")
-    p.add_argument("--rounds", type=int, default=3, choices=range(1, 21), metavar="N",
-                   help="default: %(default)s")
+    p.add_argument("--rounds", type=int, default=3, choices=range(21), metavar="N",
+                   help="0: compile only, into the cache on disk (default: %(default)s)")
     p.add_argument("--alone", action="store_true", help="without peers")
+    p.add_argument("--profile", action="store_true", help="and what takes the time")
     p.add_argument("--out", type=Path, help="folder for bench.json")
     args = p.parse_args()
     runs.setup_ranks()  # no TF32

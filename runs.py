@@ -171,8 +171,11 @@ def compiles(args, device):
 
 def compile_parts(parts):
     """torch.compile for the methods of parts of a network, (part, name)."""
-    torch._functorch.config.donated_buffer = False  # an adaptive weight's graph is walked twice
-    torch._dynamo.config.cache_size_limit = 64  # a block's code meets more shapes than 8
+    from torch._dynamo import config as dynamo  # they take seconds
+    from torch._functorch import config as functorch
+
+    functorch.donated_buffer = False  # an adaptive weight's graph is walked twice
+    dynamo.cache_size_limit = 64  # a block's code meets more shapes than 8
     for part, name in parts:
         setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
 

@@ -103,6 +103,16 @@ def outcome(network, inputs, device, dtype, of_inputs=True):
         name: x.grad.cpu().double() for name, x in leaves.items() if x.grad is not None}
 
 
+# Relative norms, of the output and of the worst gradient
+BOUNDS = {"fp32": (1e-5, 1e-4), "torch's flags": (2e-3, 2e-2), "bf16": (2e-2, 5e-2)}
+# Where rounding turns the sign of a ReLU's input, the gradient takes another way. A CPU that rounds
+# its operands so differs from itself by .025 (TF32; both networks) and by 6e-5 from fp64 (LPIPS in
+# fp32); the encoder of the VAE, of 25 convolutions in a row, by .0195 and .052 in bf16.
+LOOSER = {"lpips": {"fp32": (1e-5, 1e-3), "torch's flags": (2e-3, 5e-2), "bf16": (0.1, 0.1)},
+          "patchgan": {"torch's flags": (2e-3, 5e-2), "bf16": (0.1, 0.1)},
+          "encoder": {"bf16": (3e-2, 0.1)}}
+
+
 def compare(device):
     for name, (network, *inputs) in networks().items():
         yield name, partial(differences, name, network, inputs, device)
@@ -115,15 +125,16 @@ def differences(name, network, inputs, device):
     of_inputs = not name.startswith(("dinov2", "features"))  # an encoder's image needs none
     wanted, gradients = outcome(network, inputs, torch.device("cpu"), FP32, of_inputs)
     largest = max(g.norm() for g in gradients.values())
-    noisy = name in ("patchgan", "lpips")
-    modes = {"fp32": (FP32, False, 1e-5, 1e-4), "torch's flags": (FP32, True, 2e-3, 2e-2)}
-    if not name.startswith("inception"):  # figures are never in bf16
-        modes["bf16"] = (BF16, False, *([0.1, 0.1] if noisy else [2e-2, 5e-2]))
-    for mode, (dtype, tf32, bound, gradient_bound) in modes.items():
+    for mode, (bound, gradient_bound) in (BOUNDS | LOOSER.get(name, {})).items():
+        if name.startswith("inception") and mode == "bf16":
+            continue  # figures are never in bf16
+        dtype, tf32 = BF16 if mode == "bf16" else FP32, mode == "torch's flags"
         torch.backends.cudnn.allow_tf32 = tf32
         found, own = outcome(network, inputs, device, dtype, of_inputs)
         torch.backends.cudnn.allow_tf32 = False
         yield f"{name}, {mode}", ((found - wanted).norm() / wanted.norm()).item(), bound
+        if name.startswith("inception"):
+            continue  # nothing asks for its gradient
         # a gradient that is zero but for rounding has no relative error
         worst = max((own[k] - g).norm() / max(g.norm(), 1e-3 * largest)
                     for k, g in gradients.items())
@@ -137,7 +148,8 @@ def sampler(device):
 def sampled(device):
     """Eight guided steps of Heun to bytes: how many per cent differ, and by how much."""
     torch.manual_seed(0)
-    dit = random_weights(LightningDiT(**DITS["tiny"], grid=(4, 4), num_classes=12))
+    # with weights of .2, two kernels of one CPU would differ in .12 % of the bytes
+    dit = random_weights(LightningDiT(**DITS["tiny"], grid=(4, 4), num_classes=12), scale=0.1)
     tokenizer = Tokenizer(ENCODERS["tiny14"], DECODERS["tiny"]).eval()
     tokenizer.latent_std.fill_(1)
     def images(where):
@@ -204,7 +216,7 @@ def waits(device):
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         places = [f"{Path(w.filename).name}:{w.lineno}" for w in seen
-                  if "synchronizing" in str(w.message)]
+                  if "called a synchronizing" in str(w.message)]
         yield f"{name} waits for the device {' '.join(sorted(set(places)))}", len(places), 0
 
     def step_tokenizer(s, args, x):
@@ -222,11 +234,14 @@ def waits(device):
 
 
 def compiled(device, system):
-    """Loss and gradients of compiled networks beside eager ones; the number of graphs. On a CPU
-    the graphs are traced and run, but not turned into kernels, at the smallest sizes."""
+    """Loss and gradients of compiled networks beside eager ones; the number of graphs.
+
+    On a GPU at the real widths, in bf16 without a GAN, and with it in fp32, with checkpointing: a
+    critic with random weights makes 40 % of bf16's rounding, in eager mode too. On a CPU the graphs
+    are traced and run, but not turned into kernels, at small widths in fp32."""
     gpu = device.type == "cuda"
     compiler = torch.compile if gpu else partial(torch.compile, backend="aot_eager")
-    dtype, small = (BF16 if gpu else FP32), {"ch": 4, "ch_mult": [1] * 5, "num_res_blocks": 0}
+    small = {"ch": 8, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2}
     decoder = DECODERS["vavae"] if gpu else small
     encoder = ENCODERS["vitb14"] if gpu else {"dim": 64, "depth": 2, "grid": 2}
     side, dim = (256, 768) if gpu else (64, 64)
@@ -235,7 +250,7 @@ def compiled(device, system):
     labels, t = torch.tensor([1, 3], device=device), torch.tensor([0.2, 0.7], device=device)
     rows = torch.randn(2, 22 * 3 + 8, device=device)  # three tokens of text, and the pooled one
 
-    def objective(network, compile):
+    def objective(network, compile, dtype, gan):
         """The loss of a step of training, after its backward pass."""
         if isinstance(network, (LightningDiT, MMDiT)):
             with runs.autocast(device, dtype):
@@ -254,34 +269,34 @@ def compiled(device, system):
             args.model, s.reference, inputs = "vavae", frozen.encoder, [noise]
             s.objective = partial(baselines.objective, s, args)
         if isinstance(network, vfm_vae.VFMVAE):
-            s.stage, s.step, s.steps, args.w_gan, inputs = "strong", 0, 8, 1.0, [noise]
+            s.stage, s.step, s.steps, args.w_gan, inputs = "strong", 0, 8, float(gan), [noise]
             s.discriminator = s.ddp_discriminator = vfm_vae.Discriminators(
                 losses.PatchGAN(16), 16, last_stage=False).to(device)
             s.objective = partial(vfm_vae.objective, s, args)
-        gan = not hasattr(s, "stage")  # VFM-VAE has its own
+            gan = False  # it has its own
         return tt.training_step(x, inputs, s, args, gan, True)["rec"]
 
-    def step(build, compile, checkpointing):
+    def step(build, compile, checkpointing, dtype, gan):
         torch.manual_seed(0)
         network = random_weights(build(), scale=0.02).to(device).train()
         flags = SimpleNamespace(compile=compile, checkpointing=checkpointing)
         runs.make_fast(network, flags, device, vfm_vae.ConvNeXtLayer, DoubleBlock, SingleBlock)
         with patch.object(vfm_vae, "draw_transform", lambda *_: vfm_vae.Transform()):
-            loss = objective(network, compile)
+            loss = objective(network, compile, dtype, gan)
         return loss.item(), torch.cat([p.grad.flatten().float() for p in network.parameters()
                                        if p.grad is not None])
 
-    def beside_eager(name, build, checkpointing, graphs):
-        loss, gradients = step(build, False, checkpointing)
+    def beside_eager(name, build, graphs, *how):
+        loss, gradients = step(build, False, *how)
         torch._dynamo.reset()
         stats = torch._dynamo.utils.counters
         stats.clear()
         with patch("torch.compile", compiler):
-            own, found = step(build, True, checkpointing)
-        exact = 1 if gpu else 1e-3
-        yield f"compiled {name}, loss", abs(own - loss) / abs(loss), 1e-2 * exact
-        yield (f"compiled {name}, gradient", ((gradients - found).norm() / gradients.norm()).item(),
-               5e-2 * exact)
+            own, found = step(build, True, *how)
+        bound = 5e-2 if BF16 in how else 5e-3 if gpu else 5e-5
+        yield f"compiled {name}, loss", abs(own - loss) / abs(loss), bound / 5
+        yield (f"compiled {name}, gradient",
+               ((gradients - found).norm() / gradients.norm()).item(), bound)
         yield f"compiled {name}, graphs", stats["stats"]["unique_graphs"], graphs
         yield f"compiled {name}, broken graphs", sum(stats["graph_break"].values()), 0
 
@@ -290,15 +305,16 @@ def compiled(device, system):
     mmdit = {"grid": noise.shape[2:], "patch": 1, "text": 22, "pooled": 8} | MMDITS["tiny"]
     vfm = vfm_vae.reading_sizes("tiny", DINOv2(**encoder))
     # with LPIPS, whose five taps are five graphs
-    build, *graphs = {
-        "stage-2": (lambda: Tokenizer(encoder, decoder), 7, 15 if gpu else 11),
-        "vavae": (lambda: VAE(decoder, 32, dim), 10, 15 if gpu else 10),
+    build, graphs, graphs_checkpointing = {
+        "stage-2": (lambda: Tokenizer(encoder, decoder), 7, 13),
+        "vavae": (lambda: VAE(decoder, 32, dim), 11, 14),
         "vfmvae": (lambda: vfm_vae.VFMVAE({"dinov2": encoder}, **vfm), 11, 12),
         "lightningdit": (lambda: LightningDiT(**dit), 1, 1),
         "mmdit": (lambda: MMDiT(**mmdit), 2, 2)}[system]
-    for checkpointing, number in enumerate(graphs):
-        name = system + ", checkpointing" * checkpointing
-        yield name, partial(beside_eager, name, build, bool(checkpointing), number)
+    plain = (False, BF16, False) if gpu else (False, FP32, True)  # checkpointing, dtype, GAN
+    yield system, partial(beside_eager, system, build, graphs, *plain)
+    name = f"{system}, checkpointing"
+    yield name, partial(beside_eager, name, build, graphs_checkpointing, True, FP32, True)
 
 
 def fake(device):
@@ -359,7 +375,8 @@ def tiny_scripts():
     rank; beside it eager and alone, and after that a stop and a resume of train_dit, sample and
     fid."""
     with folder() as d, contextlib.ExitStack() as ends:
-        tiny = ["--preset", "tiny", "--steps", 12, "--val-images", 64, "--encode-images", 256]
+        tiny = ["--preset", "tiny", "--encoder", "random:tiny14", "--steps", 12, "--val-images", 64,
+                "--encode-images", 256]
         ranks = start("train_tokenizer.py", *tiny, "--out", d / "torchrun", ranks=1)
         ends.callback(kill, ranks)
         complete("train_tokenizer.py", *tiny, "--no-compile", "--out", d / "alone")
