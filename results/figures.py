@@ -76,7 +76,8 @@ def table(rows, names, columns):
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in filter(rows.get, names):
         cells = [" / ".join(cell(column, rows[row][seed]) for seed in sorted(rows[row])) for column in columns.values()]
-        lines.append(f"| {NAMES[row]} (`{row}`) | " + " | ".join(cells) + " |")
+        if not {*"".join(cells)} <= {*"-/ "}:
+            lines.append(f"| {NAMES[row]} (`{row}`) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@
 set -euo pipefail
 export OUT=${1:-runs/one_gpu} BUDGET=${BUDGET:-1000} SIZE=${SIZE:-128} WORKERS=${WORKERS:-4} CURVES=${CURVES:-0}
 cd "$(dirname "$0")/.."
+: "${DATA:?see the head of results/miniature.sh}" "${WEIGHTS:?see the head of results/miniature.sh}"
 mkdir -p "$OUT"
 [ -f "$OUT/reference.npz" ] ||
     python results/judge.py "$DATA/train" --save-stats "$OUT/reference.npz" --size "$SIZE" --workers "$WORKERS" \
@@ -14,7 +15,8 @@ mkdir -p "$OUT"
 
 measure() {  # ROW...: one after the other
     for row; do
-        results/miniature.sh "$row" 0 >> "$OUT/$row.log" 2>&1 || { echo "error: $row failed: $OUT/$row.log" >&2; return 1; }
+        results/miniature.sh "$row" 0 >> "$OUT/$row.log" 2>&1 ||
+            { echo "error: the row $row failed; see $OUT/$row.log" >&2; return 1; }
     done
 }
 set -m  # a process group each: a signal to this script must reach all their processes
