@@ -242,8 +242,12 @@ def open_captions(root, index, workers):
 
 # ---- text encoders
 
+def words_of(prompt):
+    return re.findall(r"\w+", prompt.lower())
+
+
 class Words:
-    """The text encoder of the preset tiny: a fixed small vocabulary, no weights. A token is the
+    """The text encoder of the preset tiny: a small vocabulary, no weights. A token is the
     one-hot word and the one-hot place, the pooled text the number of times each word occurs."""
     identity, L = "words", 10
 
@@ -257,10 +261,11 @@ class Words:
         text[:, range(self.L), range(self.P, self.T)] = 1
         pooled = np.zeros((len(prompts), self.P), np.float32)
         for i, prompt in enumerate(prompts):
-            words = re.findall(r"\w+", prompt.lower())
+            words = words_of(prompt)
             if unknown := [word for word in words if word not in self.number]:
                 raise UserError(f"the built-in text encoder does not know {shown(unknown)}; its "
-                                f"words: {' '.join(self.number)} (or give --clip-text and --t5)")
+                                f"words: {' '.join(self.number)} (or give --words, or --clip-text "
+                                "and --t5)")
             if len(words) > self.L:
                 warn_of_length(1, prompt, self.L)
             for place, word in enumerate(words[:self.L]):

@@ -33,7 +33,14 @@ import repa
 import runs
 import toy
 from baselines import VAE, FluxVAE
-from captions import ClipT5, Words, read_prompts, save_captioned_grid
+from captions import (
+    ClipT5,
+    Words,
+    digest,
+    read_prompts,
+    save_captioned_grid,
+    words_of,
+)
 from data import IMAGE_TYPES, rng, save_grid, shown, to_uint8
 from files import (
     BatchedArray,
@@ -313,16 +320,27 @@ def text_flags(p):
     add = p.add_argument
     add("--clip-text", help="folder of CLIP-L in transformers' layout")
     add("--t5", help="folder of a T5 encoder in transformers' layout (without both: the built-in "
-                     "text encoder of the shapes)")
+                     "text encoder)")
+    add("--words", metavar="FILE",
+        help="prompts, one a line: the built-in text encoder knows their words (default: those of "
+             "the shapes)")
     add("--text-length", type=count, default=256,
         help="T5's tokens of a prompt (default: %(default)s)")
 
 
 def open_text_encoder(args, device):
-    """FLUX's two of --clip-text and --t5; without them the built-in one of the shapes."""
+    """FLUX's two of --clip-text and --t5; without them the built-in one, of the shapes' words or
+    of --words."""
     if args.clip_text or args.t5:
+        if args.words:
+            raise UserError("--words is of the built-in text encoder: leave out --clip-text and --t5")
         return ClipT5(args.clip_text, args.t5, args.text_length, device)
-    return Words(toy.VOCABULARY)
+    if not args.words:
+        return Words(toy.VOCABULARY)
+    known = sorted({word for prompt in read_prompts(args.words) for word in words_of(prompt)})
+    encoder = Words(known)
+    encoder.identity += f" {digest(known)}"
+    return encoder
 
 
 def encode_prompts(args, model, learned, device):
@@ -339,7 +357,8 @@ def encode_prompts(args, model, learned, device):
     encoder = open_text_encoder(args, device)
     if encoder.identity != learned:
         raise UserError(f"{args.dit} was trained with another text encoder ({learned}) than this "
-                        f"one ({encoder.identity}): give the same --clip-text, --t5, --text-length")
+                        f"one ({encoder.identity}): give the same --clip-text, --t5, --text-length, "
+                        "--words")
     rows = [encoder([prompts[i] for i in batch]) for batch in ranges(len(prompts), 32)]
     if "num" not in args.given:
         args.num = len(prompts)

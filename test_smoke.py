@@ -74,6 +74,7 @@ from files import (
 from mmdit import MMDITS, MMDiT
 from model import DECODERS, DITS, ENCODERS, DINOv2, LightningDiT, SigLIP, Tokenizer, ViT
 from results import judge, t2i
+from results import parts as miniature
 from toy import Shapes
 
 HERE = Path(__file__).resolve().parent
@@ -2237,6 +2238,17 @@ def test_words():
     with patch("builtins.print") as printed:
         assert encoder(["red " * 11])[0, -3:].tolist() == [10, 0, 0]
     assert "longer than the text encoder's 10 tokens" in printed.call_args[0][0]
+    with folder() as d:
+        (d / "p.txt").write_text("a red kite\nA kite on blue\n")
+        args = SimpleNamespace(clip_text=None, t5=None, words=d / "p.txt")
+        other = sample.open_text_encoder(args, "cpu")
+        assert [*other.number] == ["a", "blue", "kite", "on", "red"]
+        (d / "p.txt").write_text("a red kite\n")
+        assert len({encoder.identity, other.identity,
+                    sample.open_text_encoder(args, "cpu").identity}) == 3
+        args.t5 = "t5"
+        with refused("--words", "leave out --clip-text and --t5"):
+            sample.open_text_encoder(args, "cpu")
 
 
 class FakeTransformers:
@@ -5070,7 +5082,7 @@ def test_cknna_command():
                 execute(fid, *argv, "--reference", encoder, "--workers", 0)
 
 
-# ------------------------------------------------------------------ results/judge.py, results/t2i.py
+# ----------------------------------------------------- results/judge.py, results/t2i.py, results/parts.py
 
 def test_judge():
     """EfficientNet-Lite0: its size, TensorFlow's padding, and fid.py's command with it."""
@@ -5132,6 +5144,26 @@ def test_t2i_data_and_score():
         with patch.object(torch.nn.Sequential, "forward", lambda *_: answers):
             assert t2i.score(d / "judge.pt", d / "s.npz", d / "p.txt") == {
                 "images": 4, "shape": 0.5, "colour": 1, "ground": 1, "all": 0.5}
+
+
+def test_miniature_captions():
+    """The shard holds each training image, byte by byte, beside its class' name; a class without a
+    name is refused before anything is written."""
+    with folder() as d:
+        for name in ("n03838899", "n01443537"):
+            (d / "train" / name).mkdir(parents=True)
+            Shapes(n=1).image(0).save(d / "train" / name / f"{name}_0.JPEG")
+        miniature.captions(d / "train", d / "out")
+        shards = captions.open_captions(d / "out", d / "index", 0)
+        assert [*shards.captions] == ["a photo of a goldfish", "a photo of an oboe"]
+        assert (d / "out/prompts.txt").read_text().splitlines() == [*shards.captions]
+        with tarfile.open(d / "out/00000.tar") as tar:
+            stored = tar.extractfile("n03838899_0.jpg").read()
+        assert stored == (d / "train/n03838899/n03838899_0.JPEG").read_bytes()
+        (d / "train/n0").mkdir()
+        with refused("class n0"):
+            miniature.captions(d / "train", d / "none")
+        assert not (d / "none").exists()
 
 
 # -------------------------------------------------------------------------------------- to run them

@@ -20,10 +20,10 @@ NAMES = {"vae": "VAE", "vavae": "VA-VAE, convolutional encoder", "stage1": "Alig
          "cosine": "cosine instead of L2", "before": "loss before the adapter",
          "margins0": "VA-VAE, no margins", "wvf1": "VA-VAE, no margins, w_vf = 1",
          "vae4800": "VAE, 4800 steps", "vavae4800": "VA-VAE, 4800 steps",
-         "wvf4800": "VA-VAE, no margins, w_vf = 1, 4800 steps", "aligntok4800": "AlignTok, 1200 + 2400 + 1200 steps"}
-TABLES = {"Main comparison": ["vae", "vavae", "stage1", "stage12", "stage123"],
-          "Ablation": ["sp0", "stage12", "sp5", "before", "cosine"],
-          "Tried": ["margins0", "wvf1", "vae4800", "vavae4800", "wvf4800", "aligntok4800"]}
+         "wvf4800": "VA-VAE, no margins, w_vf = 1, 4800 steps", "aligntok4800": "AlignTok, 1200 + 2400 + 1200 steps",
+         "lora": "LoRA, rank 8", "vfmvae": "VFM-VAE", "repa12": "AlignTok, stages 1+2, REPA",
+         "reg12": "AlignTok, stages 1+2, REG", "repavfm": "VFM-VAE, REPA", "regvfm": "VFM-VAE, REG",
+         "text12": "AlignTok, stages 1+2", "textvae": "VAE", "textvavae": "VA-VAE, convolutional encoder"}
 COLOURS = {"stage12": "#0072b2", "vavae": "#d55e00", "vae": "#009e73"}
 
 
@@ -47,14 +47,37 @@ COLUMNS = {
     "FD": lambda f: f"{f['plain']['FD-Lite0']:.0f}", "FD, guided (scale)":
         lambda f: f"{f['guided']['FD-Lite0']:.0f} ({f['best_cfg']:g})",
     "FD to its own reconstructions": lambda f: f"{f['own_plain']['FD-Lite0']:.1f}"}
+FD_AT = {f"FD, {name}": lambda f, key=key: f"{f[key]['FD-Lite0']:.0f}" for name, key in (
+    ("400 steps", "plain400"), ("800 steps", "plain800"), ("1600 steps", "plain"))}
+CKNNA = {f"{name}, {against}": lambda f, file=file, name=name: f"{f[file][name]:.3f}"
+         for against, file in (("DINOv2", "cknna"), ("judge", "cknna_judge"))
+         for name in ("CKNNA, latents", "SE-CKNNA, latents")}
+TABLES = {
+    "Main comparison": (["vae", "vavae", "stage1", "stage12", "stage123"], COLUMNS),
+    "Ablation": (["sp0", "stage12", "sp5", "before", "cosine", "lora"], COLUMNS),
+    "Tried": (["margins0", "wvf1", "vae4800", "vavae4800", "wvf4800", "aligntok4800"], COLUMNS),
+    "Second system": (["stage12", "vfmvae"], COLUMNS),
+    "Alignment of the latents": (["vae", "vavae", "stage1", "stage12", "vfmvae"], CKNNA),
+    "Dual side": (["stage12", "repa12", "reg12", "vfmvae", "repavfm", "regvfm"], FD_AT),
+    "Text": (["textvae", "textvavae", "text12"],
+             {"FD": COLUMNS["FD"], "FD, guidance 4": lambda f: f"{f['cfg4']['FD-Lite0']:.0f}"})}
 
 
-def table(rows, names):
+def cell(column, figures):
+    """A dash where the row has no such figure."""
+    try:
+        return column(figures)
+    except KeyError:
+        return "-"
+
+
+def table(rows, names, columns):
     """One line a row, the seeds separated by slashes."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in filter(rows.get, names):
-        cells = [" / ".join(column(rows[row][seed]) for seed in sorted(rows[row])) for column in COLUMNS.values()]
-        lines.append(f"| {NAMES[row]} (`{row}`) | " + " | ".join(cells) + " |")
+        cells = [" / ".join(cell(column, rows[row][seed]) for seed in sorted(rows[row])) for column in columns.values()]
+        if not {*"".join(cells)} <= {*"-/ "}:
+            lines.append(f"| {NAMES[row]} (`{row}`) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -114,7 +137,8 @@ def pictures(runs, out):
     from baselines import VAE
     from data import Crops, ImageFolder, in_order, save_grid, to_tensor
     from files import load_tokenizer
-    finals = {"vae": "vae/vae", "vavae": "vavae/vavae",
+    from vfm_vae import VFMVAE
+    finals = {"vae": "vae/vae", "vavae": "vavae/vavae", "vfmvae": "vfmvae/patchgan",
               "stage1": "aligntok/stage1", "stage12": "aligntok/stage2", "stage123": "aligntok/stage3",
               "vae4800": "vae4800/vae", "vavae4800": "vavae4800/vavae", "aligntok4800": "aligntok4800/stage3"}
     if lacking := [row for row in finals if not (runs / row / "guided.npz").exists()]:
@@ -128,7 +152,7 @@ def pictures(runs, out):
     for row, file in finals.items():
         if row in lacking:
             continue
-        tokenizer = load_tokenizer(runs / f"{file}.pt", VAE)
+        tokenizer = load_tokenizer(runs / f"{file}.pt", VAE, VFMVAE)
         lines.append(tokenizer.decode(tokenizer.encode(x)))
         images = np.load(runs / row / "guided.npz")["arr_0"][1::413][:12]
         samples.append(to_tensor(torch.from_numpy(images).permute(0, 3, 1, 2)))
@@ -152,12 +176,13 @@ if __name__ == "__main__":
     if args.runs and not (args.runs.is_dir() and {"DATA", "WEIGHTS"} <= os.environ.keys()):
         p.error("--runs takes the folder of a seed, with DATA and WEIGHTS as for results/miniature.sh")
     rows = read(args.results)
-    for title, names in TABLES.items():
-        print(f"{title}\n\n{table(rows, names)}\n")
+    for title, (names, columns) in TABLES.items():
+        if any(map(rows.get, names)):
+            print(f"{title}\n\n{table(rows, names, columns)}\n")
     if "steps5" in (f := rows["stage12"].get(0, {})):
         print("FD against sampling steps:", {n: round(f[k]["FD-Lite0"], 1) for n, k in
                                              ((5, "steps5"), (10, "steps10"), (20, "plain"), (50, "steps50"))})
-    if all(0 in rows[row] for row in COLOURS):
+    if all("plain400" in rows[row].get(0, {}) for row in COLOURS):  # with the curves
         figure(rows, args.out / "miniature.svg")
     if args.runs:
         pictures(args.runs, args.out)
