@@ -63,6 +63,10 @@ def networks():
     small = {"dim": 384, "depth": 4}
     z, y = torch.randn(2, 2, 32, 8, 8)
     whole = torch.rand(2, 3, 128, 128).mul(255).byte().float()  # bytes have no gradient
+    inception = fid.Inception()
+    for conv in inception.modules():  # else nothing of the image is left in the features
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight)
     return {
         "dinov2": (DINOv2(**small), image(224)),
         "dinov2 registers": (DINOv2(**small, registers=4), image(224)),
@@ -73,8 +77,8 @@ def networks():
         "lpips": (losses.LPIPS(), image(128), image(128)),
         "lightningdit": (LightningDiT(**dit), *flow),
         "lightningdit qk-norm": (LightningDiT(**dit, qk_norm=True), *flow),
-        "inception tf1": (fid.Inception(), whole),
-        "inception torch": (Call(lambda net, x: net(x, "torch"), fid.Inception()), whole),
+        "inception tf1": (inception, whole),
+        "inception torch": (Call(lambda net, x: net(x, "torch"), inception), whole),
         "l1": (Call(lambda a, b: losses.reconstruction_loss(a, b, None, 0)[0]), image(64), image(64)),
         "l_sp": (Call(losses.semantic_preservation), z, y),
         "l_sp cosine": (Call(lambda a, b: losses.semantic_preservation(a, b, "cosine")), z, y),
