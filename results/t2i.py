@@ -5,6 +5,7 @@ ground that it has never seen? results/t2i.sh runs it all.
     python results/t2i.py judge FILE           trains a classifier, on shapes of its own
     python results/t2i.py score FILE NPZ PROMPTS   what it calls drawn pictures
     python results/t2i.py recon FILE CKPT      what it calls a tokenizer's reconstructions
+    python results/t2i.py classes FILE NPZ     its shapes beside the classes 0, 1, ..., 11, 0, ...
 
 Left out of the training is a sixth of all combinations: a sixth of each shape's, and two of twelve
 of each pair of colours.
@@ -136,9 +137,21 @@ def report(file, pixels, names):
     return {"images": len(right)} | figures | {"all": right.all(1).double().mean().item()}
 
 
-def score(file, samples, prompts):
+def read_images(samples):
     with np.load(samples) as content:
-        pixels = torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2)
+        return torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2)
+
+
+def classes(file, samples):
+    """Of a class-conditional generator's images: sample.py draws the classes in turn."""
+    pixels = read_images(samples)
+    names = torch.arange(len(pixels)) % len(SHAPES)
+    return {"images": len(pixels),
+            "shape": report(file, pixels, names[:, None].expand(-1, 3))["shape"]}
+
+
+def score(file, samples, prompts):
+    pixels = read_images(samples)
     names = torch.tensor([parse(prompt) for prompt in read_prompts(prompts)])
     return report(file, pixels, names[torch.arange(len(pixels)) % len(names)])
 
@@ -154,7 +167,8 @@ def recon(file, checkpoint):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = {"data": write_data, "judge": train_judge, "score": score, "recon": recon}
+    commands = {"data": write_data, "judge": train_judge, "score": score, "recon": recon,
+                "classes": classes}
     p.add_argument("command", choices=commands)
     p.add_argument("paths", nargs="+")
     p.add_argument("--json", type=Path, help="file for the figures")
