@@ -65,7 +65,7 @@ def step(net, f, backward=True, optimise=False):
 
 def ours(net, work, checkpointing=False):
     """The sides of a network of ours."""
-    flags = argparse.Namespace(compile=None, checkpointing=checkpointing)
+    flags = argparse.Namespace(compile=device.type == "cuda", checkpointing=checkpointing)
     runs.make_fast(net, flags, device)
     yield "ours", torch.compiler.set_stance("force_eager")(partial(work, auto))
     if device.type == "cuda":

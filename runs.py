@@ -166,7 +166,10 @@ def make_fast(model, args, device, *more):
 
 
 def compiles(args, device):
-    return device.type == "cuda" if args.compile is None else args.compile
+    """By default on GPUs; not in the preset tiny, whose runs are shorter than their compilation."""
+    if args.compile is None:
+        return device.type == "cuda" and args.preset != "tiny"
+    return args.compile
 
 
 def compile_parts(parts):
@@ -623,7 +626,7 @@ class Parser(argparse.ArgumentParser):
         add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
             help="of autocast; auto: bf16 where it is native")
         add("--compile", action=argparse.BooleanOptionalAction,
-            help="torch.compile the blocks (default: on GPUs)")
+            help="torch.compile the blocks (default: on GPUs, but for the preset tiny)")
         args = self.parse_args(argv)
         preset = presets[args.preset]
         args.given = {name for name in preset if getattr(args, name, None) is not None}

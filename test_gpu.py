@@ -381,9 +381,9 @@ def tiny_scripts():
     with folder() as d, contextlib.ExitStack() as ends:
         tiny = ["--preset", "tiny", "--encoder", "random:tiny14", "--steps", 12, "--val-images", 64,
                 "--encode-images", 256]
-        ranks = start("train_tokenizer.py", *tiny, "--out", d / "torchrun", ranks=1)
+        ranks = start("train_tokenizer.py", *tiny, "--compile", "--out", d / "torchrun", ranks=1)
         ends.callback(kill, ranks)
-        complete("train_tokenizer.py", *tiny, "--no-compile", "--out", d / "alone")
+        complete("train_tokenizer.py", *tiny, "--out", d / "alone")
         yield "train_tokenizer.py, alone", 0, 0
         flags = [*tiny[:2], "--tokenizer", d / "alone/stage3.pt", "--out", d / "dit", "--data",
                  "shapes", "--save-every", 20]
@@ -395,7 +395,7 @@ def tiny_scripts():
         process.send_signal(signal.SIGTERM)
         assert "stopped by a signal" in end(process), "no stop by SIGTERM"
         saved = int(max(d.glob("dit/dit_step*.pt")).stem[-8:])
-        complete("train_dit.py", *flags, "--steps", saved + 10)
+        complete("train_dit.py", *flags, "--compile", "--steps", saved + 10)
         yield "train_dit.py, stopped and resumed", 0, 0
         complete("sample.py", *tiny[:2], "--dit", d / f"dit/dit_step{saved + 10:08d}.pt",
                  "--tokenizer", d / "alone/stage3.pt", "-n", 64, "--steps", 8, "--out", d / "s.npz")

@@ -2757,6 +2757,17 @@ def test_launch():
             runs.launch(sample.main)
 
 
+def test_compiled_by_default():
+    """On GPUs, and not in the preset tiny, unless a flag says so."""
+    for flags, cpu, cuda in ((["--preset", "tiny"], False, False), ([], False, True),
+                             (["--preset", "tiny", "--compile"], True, True),
+                             (["--no-compile"], False, False)):
+        for script in (tt, train_dit, sample):
+            args = script.parse(flags)
+            found = [runs.compiles(args, torch.device(name)) for name in ("cpu", "cuda")]
+            assert found == [cpu, cuda], (script, flags)
+
+
 def test_checkpointing_changes_no_gradient():
     """--checkpointing keeps less than half for the backward pass, and changes no bit."""
     def gradients(net, *inputs):

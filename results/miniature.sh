@@ -15,7 +15,7 @@
 # DATA: the folder of Tiny ImageNet with train/ and val/. WEIGHTS: a folder with dinov2.pth, vgg16.pth, lpips_heads.pth
 # and efficientnet-lite0-57934424.pth. OUT: where the runs go. A command that was stopped is repeated and goes on.
 # BUDGET: the steps of all trainings, in per cent; SIZE: of the images, in px; WORKERS: of the loader; BATCH: images of
-# a tokenizer's step, a quarter of the generator's; TRAIN: further flags of all trainings, such as --no-compile.
+# a tokenizer's step, a quarter of the generator's; TRAIN: further flags of all trainings, such as --compile.
 # Steps below, and in the names of files, are those of BUDGET 100.
 # SEED 0 of stage12, vae and vavae also measures the curves: figures against training steps and sampling steps; not with
 # CURVES=0.
@@ -169,7 +169,7 @@ generator=("${shared[@]}" "${images[@]}" --tokenizer "$final" --batch-size $((4 
 fd() {  # NAME GENERATOR_STEPS IMAGES CFG SAMPLING_STEPS: distance of samples to the training images, and to `own`
     [ ! -f "$runs/$1.json" ] || return 0
     later sample.py --preset tiny --dit "$dit/dit_step$(printf %08d "$(n "$2")").pt" --tokenizer "$final" -n "$3" \
-        --cfg "$4" --steps "$5" --seed "$seed" --out "$runs/$1.npz" --batch-size 250 --no-compile "${prompts[@]}"
+        --cfg "$4" --steps "$5" --seed "$seed" --out "$runs/$1.npz" --batch-size 250 "${prompts[@]}"
     case $tokenizer$1 in
         yesplain*) later "${judge[@]}" "$runs/own.npz" "$runs/$1.npz" --metrics fid --json "$runs/own_$1.json" ;;
     esac
