@@ -1,11 +1,12 @@
 """How fast this code is, beside other implementations of the same work:
 
     python bench.py --rows encoder decoder
-    python bench.py --device cuda --out results/gpu
+    python bench.py --device cuda --out runs/bench
 
-The sides of a row take turns (a round is ours, peer, peer, ours). A turn runs the work twice
-and times the second. Ratios are the other's median time over ours. Ours runs in --dtype auto; on a
-CPU in fp32 too, on a GPU compiled too. Peers run in fp32 on a CPU, in --dtype auto on a GPU.
+The sides of a row take turns (a round is ours, peer, peer, ours). A turn runs the work twice and
+times the second; on a GPU five times, and times the next five. Ratios are the other's median time
+over ours. Ours runs in --dtype auto; on a CPU in fp32 too, on a GPU compiled too. Peers run in fp32
+on a CPU, in --dtype auto on a GPU.
 """
 import argparse
 import contextlib
@@ -184,18 +185,17 @@ def inception(folder):
 
 
 def latents(folder):
-    """z0 of 64 images of 256 px by the preset paper's encoder; train_dit.py caches them in fp32."""
+    """z0 of 64 images of 256 px by the preset paper's encoder; train_dit.py encodes in fp32."""
     net, x = Tokenizer(ENCODERS["vitl14"], DECODERS["tiny"]).eval(), torch.randn(64, 3, 256, 256)
 
     @torch.no_grad()
     def encode(tf32=False, dtype=FP32):
-        flags = torch.backends.cuda.matmul, torch.backends.cudnn
-        for flag in flags:
-            flag.allow_tf32 = tf32
-        with runs.autocast(device, dtype):
-            net.encode(x)
-        for flag in flags:
-            flag.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        try:
+            with runs.autocast(device, dtype):
+                net.encode(x)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     yield "ours", encode
     yield "in TF32", partial(encode, True)
@@ -339,8 +339,8 @@ def measure(row, work, images=0):
         for side in [*sides, *reversed(sides)] * args.rounds:
             timed(sides[side])  # memory still has the shape that another side left
             times[side].append(timed(sides[side]))
-        if args.profile:
-            side = "ours compiled" if device.type == "cuda" else "ours"
+        side = "ours compiled" if "ours compiled" in sides else "ours"
+        if args.profile and side in sides:
             print(f"{row}, {side}\n{profiled(sides[side])}", flush=True)
     median = {side: statistics.median(seconds) for side, seconds in times.items()}
     for side, seconds in median.items():

@@ -333,11 +333,14 @@ def open_text_encoder(args, device):
     of --words."""
     if args.clip_text or args.t5:
         if args.words:
-            raise UserError("--words is of the built-in text encoder: leave out --clip-text and --t5")
+            raise UserError("--words is of the built-in text encoder: leave out --clip-text and "
+                            "--t5")
         return ClipT5(args.clip_text, args.t5, args.text_length, device)
     if not args.words:
         return Words(toy.VOCABULARY)
     known = sorted({word for prompt in read_prompts(args.words) for word in words_of(prompt)})
+    if not known:
+        raise UserError(f"--words {args.words} holds no word")
     encoder = Words(known)
     encoder.identity += f" {digest(known)}"
     return encoder
@@ -357,8 +360,8 @@ def encode_prompts(args, model, learned, device):
     encoder = open_text_encoder(args, device)
     if encoder.identity != learned:
         raise UserError(f"{args.dit} was trained with another text encoder ({learned}) than this "
-                        f"one ({encoder.identity}): give the same --clip-text, --t5, --text-length, "
-                        "--words")
+                        f"one ({encoder.identity}): give the same --clip-text, --t5, "
+                        "--text-length, --words")
     rows = [encoder([prompts[i] for i in batch]) for batch in ranges(len(prompts), 32)]
     if "num" not in args.given:
         args.num = len(prompts)

@@ -2249,6 +2249,13 @@ def test_words():
         args.t5 = "t5"
         with refused("--words", "leave out --clip-text and --t5"):
             sample.open_text_encoder(args, "cpu")
+        args.t5 = None
+        (d / "p.txt").write_text("!\n")
+        with refused("p.txt holds no word"):
+            sample.open_text_encoder(args, "cpu")
+    for flag in ("clip-text", "t5", "words"):
+        with refused(f"--{flag} goes with --captions"):
+            train_dit.parse([f"--{flag}", "x"])
 
 
 class FakeTransformers:
@@ -5153,6 +5160,7 @@ def test_t2i_data_and_score():
         answers[:, [1, 12 + 3, 12 + 15]] = 1
         (d / "p.txt").write_text("a red ring on black\n" + 2 * "a red star on black\n")
         with patch.object(torch.nn.Sequential, "forward", lambda *_: answers):
+            assert t2i.classes(d / "judge.pt", d / "s.npz") == {"images": 4, "shape": 0.25}
             assert t2i.score(d / "judge.pt", d / "s.npz", d / "p.txt") == {
                 "images": 4, "shape": 0.5, "colour": 1, "ground": 1, "all": 0.5}
 

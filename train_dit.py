@@ -414,6 +414,9 @@ def parse(argv=None):
     if bool(args.align) != bool(args.align_encoder):
         raise UserError("--align repa or reg and --align-encoder ENCODER (such as vitb14, or a "
                         "file) go together")
+    for flag in ("clip_text", "t5", "words"):
+        if getattr(args, flag) and not args.captions:
+            raise UserError(f"--{flag.replace('_', '-')} goes with --captions")
     # no class, nothing held out, always on, LightningDiT's
     for flag in ("unconditional", "val", "qk_norm", "align"):
         if args.captions and getattr(args, flag):

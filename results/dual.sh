@@ -3,7 +3,7 @@
 #
 # On the latents of AlignTok and of VFM-VAE (preset tiny, all stages): LightningDiT alone, with REPA, with REG; how many of
 # 480 pictures without guidance the judge (results/t2i.py) calls by the shape asked for. OUT: where the runs go. STEPS: of
-# the generator ("200 400 800"). A command that was stopped is repeated and goes on. Figures: OUT/seed SEED/*/*.json.
+# the generator ("200 400 800"). TOKENIZERS: aligntok, vfmvae or both. A command that was stopped is repeated and goes on. Figures: OUT/seed SEED/*/*.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! [[ ${1-} =~ ^[0-9]+$ ]]; then echo "error: it is results/dual.sh SEED; see its head" >&2; exit 1; fi
@@ -15,6 +15,7 @@ for name in ${TOKENIZERS:-aligntok vfmvae}; do
     case $name in
         aligntok) final=$run/stage3.pt ;;
         vfmvae)   final=$run/patchgan.pt ;;
+        *)        echo "error: TOKENIZERS are aligntok and vfmvae, not $name" >&2; exit 1 ;;
     esac
     [ -f "$final" ] || python train_tokenizer.py --preset tiny --model "$name" --stage all --seed "$1" --out "$run"
     for align in none repa reg; do

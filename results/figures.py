@@ -177,8 +177,9 @@ if __name__ == "__main__":
         p.error("--runs takes the folder of a seed, with DATA and WEIGHTS as for results/miniature.sh")
     rows = read(args.results)
     for title, (names, columns) in TABLES.items():
-        if any(map(rows.get, names)):
-            print(f"{title}\n\n{table(rows, names, columns)}\n")
+        text = table(rows, names, columns)
+        if text.count("\n") > 2:  # two rows to compare
+            print(f"{title}\n\n{text}\n")
     if "steps5" in (f := rows["stage12"].get(0, {})):
         print("FD against sampling steps:", {n: round(f[k]["FD-Lite0"], 1) for n, k in
                                              ((5, "steps5"), (10, "steps10"), (20, "plain"), (50, "steps50"))})

@@ -201,7 +201,9 @@ case $row in
         for cfg in 4 8 16 32; do  # the scale is doubled as long as that helps
             fd "cfg$cfg" 1600 1000 "$cfg" 20
             now
-            python results/parts.py better "$runs" "cfg$cfg" "cfg$best" || break
+            status=0
+            python results/parts.py better "$runs" "cfg$cfg" "cfg$best" || status=$?
+            if [ $status = 3 ]; then break; elif [ $status != 0 ]; then exit $status; fi
             best=$cfg
         done
         fd guided 1600 5000 "$best" 20

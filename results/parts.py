@@ -90,8 +90,9 @@ def distance(runs, name):
 
 
 def better(runs, new, old):
-    """Exit status 0 where the distance `new` is below `old`."""
-    sys.exit(distance(runs, new) >= distance(runs, old))
+    """Exit status 3 where the distance `new` is not below `old`."""
+    if distance(runs, new) >= distance(runs, old):
+        sys.exit(3)
 
 
 def row(runs, best):
