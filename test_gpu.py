@@ -1,6 +1,6 @@
 """What a GPU computes, beside what a CPU does; what only a GPU does.
 
-    python test_smoke.py --device cuda [--out FOLDER] [words]   about two minutes on one GPU
+    python test_smoke.py --device cuda [--out FOLDER] [words]   some minutes on one GPU
     python test_smoke.py --device cpu compile fake              what needs none
 
 A line a figure: PASS, FAIL or SKIP, its name, the figure, its bound, the seconds of its check. With
