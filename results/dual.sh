@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# VFM-VAE's "dual side" on the built-in shapes: does a generator learn faster that is aligned, too?  results/dual.sh SEED
+# VFM-VAE's "dual side" on the built-in shapes: does an aligned generator learn faster, too?  results/dual.sh SEED
 #
-# On the latents of AlignTok and of VFM-VAE (preset tiny, all stages): LightningDiT alone, with REPA, with REG; how many of
-# 480 pictures without guidance the judge (results/t2i.py) calls by the shape asked for. OUT: where the runs go. STEPS: of
-# the generator ("200 400 800"). TOKENIZERS: aligntok, vfmvae or both. A command that was stopped is repeated and goes on. Figures: OUT/seed SEED/*/*.json.
+# On the latents of AlignTok and of VFM-VAE (preset tiny, all stages): LightningDiT alone, with REPA, with REG; how many
+# of 480 pictures without guidance the judge (results/t2i.py) calls by the shape asked for. OUT: where the runs go.
+# STEPS: of the generator ("200 400 800"). TOKENIZERS: aligntok, vfmvae or both. A command that was stopped is repeated
+# and goes on. Figures: OUT/seed SEED/*/*.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! [[ ${1-} =~ ^[0-9]+$ ]]; then echo "error: it is results/dual.sh SEED; see its head" >&2; exit 1; fi
