@@ -288,10 +288,10 @@ GPU_ROWS = {
     "xl 128": (partial(dit, name="XL/1", n=128), 128)}
 
 
-def timed(work):
+def timed(work, repeats=None):
     """Seconds of the work, to its end on the device. On a GPU the mean of five in a row: the
     training loops do not wait for it after each step either."""
-    repeats = 5 if device.type == "cuda" else 1
+    repeats = repeats or (5 if device.type == "cuda" else 1)
     begin = time.perf_counter()
     for _ in range(repeats):
         work()
@@ -322,6 +322,13 @@ def profiled(work):
             torch.cuda.synchronize()
     kind = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     return profile.key_averages().table(sort_by=kind, row_limit=30, max_name_column_width=90)
+
+
+def compile_only(row, work):
+    with tempfile.TemporaryDirectory() as folder:
+        sides = dict(work(folder))
+        if "ours compiled" in sides:
+            print(f"{row:8}  compiled in {timed(sides['ours compiled'], 1):.0f} s", flush=True)
 
 
 def measure(row, work, images=0):
@@ -368,6 +375,8 @@ if __name__ == "__main__":
                    help="default: %(default)s")
     p.add_argument("--alone", action="store_true", help="without peers")
     p.add_argument("--profile", action="store_true", help="and what takes the time")
+    p.add_argument("--compile-only", action="store_true",
+                   help="fill torch's cache of kernels, for the next run; nothing is timed")
     p.add_argument("--out", type=Path, help="folder for bench.json")
     args = p.parse_args()
     runs.setup_ranks()  # no TF32
@@ -381,11 +390,14 @@ if __name__ == "__main__":
     failed = False
     for row in args.rows or table:
         try:
-            results += measure(row, *table[row])
+            if args.compile_only:
+                compile_only(row, table[row][0])
+            else:
+                results += measure(row, *table[row])
         except RuntimeError:  # the next row may be measured
             traceback.print_exc()
             failed = True
-        if args.out:
+        if results and args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "bench.json").write_text(json.dumps(results, indent=1))
     sys.exit(failed)

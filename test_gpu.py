@@ -386,14 +386,23 @@ def scripts(device):
 
 
 def tiny_scripts():
-    """The scripts as processes: the preset tiny, 12 steps a stage, compiled under torchrun with one
-    rank; beside it eager and alone, and after that a stop and a resume of train_dit, sample and
-    fid."""
+    """The scripts as processes: the preset tiny, 12 steps a stage; a stop and a resume of
+    train_dit; sample and fid. Beside them torchrun with one rank: stage 1 compiled, then stage 2,
+    which has a GAN."""
     with folder() as d, contextlib.ExitStack() as ends:
         tiny = ["--preset", "tiny", "--encoder", "random:tiny14", "--steps", 12, "--val-images", 64,
                 "--encode-images", 256]
-        ranks = start("train_tokenizer.py", *tiny, "--compile", "--out", d / "torchrun", ranks=1)
-        ends.callback(kill, ranks)
+
+        def torchrun(*flags):
+            ranks = start("train_tokenizer.py", *tiny, *flags, "--out", d / "torchrun", ranks=1)
+            ends.callback(kill, ranks)
+            return ranks
+
+        def complete_ranks(ranks):
+            said = end(ranks)
+            assert ranks.returncode == 0, said[-3000:]
+
+        ranks = torchrun("--stage", 1, "--compile")
         complete("train_tokenizer.py", *tiny, "--out", d / "alone")
         yield "train_tokenizer.py, alone", 0, 0
         flags = [*tiny[:2], "--tokenizer", d / "alone/stage3.pt", "--out", d / "dit", "--data",
@@ -406,15 +415,17 @@ def tiny_scripts():
         process.send_signal(signal.SIGTERM)
         assert "stopped by a signal" in end(process), "no stop by SIGTERM"
         saved = int(max(d.glob("dit/dit_step*.pt")).stem[-8:])
-        complete("train_dit.py", *flags, "--compile", "--steps", saved + 10)
+        complete("train_dit.py", *flags, "--steps", saved + 10)
         yield "train_dit.py, stopped and resumed", 0, 0
+        complete_ranks(ranks)
+        yield "train_tokenizer.py, torchrun, stage 1 compiled", 0, 0
+        ranks = torchrun("--stage", 2)
         complete("sample.py", *tiny[:2], "--dit", d / f"dit/dit_step{saved + 10:08d}.pt",
                  "--tokenizer", d / "alone/stage3.pt", "-n", 64, "--steps", 8, "--out", d / "s.npz")
         complete("fid.py", "--probe", d / "alone/stage3.pt", "shapes", "shapes")
         yield "sample.py, fid.py", 0, 0
-        said = end(ranks)
-        assert ranks.returncode == 0, said[-3000:]
-        yield "train_tokenizer.py, torchrun", 0, 0
+        complete_ranks(ranks)
+        yield "train_tokenizer.py, torchrun, stage 2", 0, 0
 
 
 # ---- to run them
