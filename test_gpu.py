@@ -283,7 +283,8 @@ def compiled(device, system):
             args.model, s.reference, inputs = "vavae", frozen.encoder, [noise]
             s.objective = partial(baselines.objective, s, args)
         if isinstance(network, vfm_vae.VFMVAE):
-            s.stage, s.step, s.steps, args.w_gan, inputs = "strong", 0, 8, float(gan), [noise]
+            s.stage, s.steps_before, s.step, s.steps = "strong", 0, 0, 8
+            args.w_gan, args.disc_start, inputs = float(gan), 0, [noise]
             s.discriminator = s.ddp_discriminator = vfm_vae.Discriminators(
                 losses.PatchGAN(16), 16, last_stage=False).to(device)
             s.objective = partial(vfm_vae.objective, s, args)

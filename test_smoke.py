@@ -1918,7 +1918,8 @@ def test_vfm_vae_discriminator():
 def test_vfm_vae_objective():
     """The terms of each stage and their weights; G's gradients come from its own terms, D's from
     its loss; what the lower images, VF's weight and the last stage do."""
-    tok, s, args = small_vfm(), SimpleNamespace(step=0, steps=100), SimpleNamespace(w_gan=0.3)
+    tok, s = small_vfm(), SimpleNamespace(steps_before=7, step=0, steps=100)
+    args = SimpleNamespace(w_gan=0.3, disc_start=7)
     s.tokenizer = s.ddp_tokenizer = tok
     x, noise, target = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 8, 4, 4), None
     always = {"multires", "g_loss", "d_loss", "d_real", "d_fake"}
@@ -1943,6 +1944,8 @@ def test_vfm_vae_objective():
             moved = [net for net, g in grads.items() if any(p is not None for p in g)]
             assert moved == ([] if weight is None else [d] if name == "d_loss" else [tok]), name
 
+    args.disc_start = 8
+    assert vfm_vae.objective(s, args, x, noise)[2].keys() == {"multires"}, "no GAN yet"
     s.stage, s.step = "strong", 25
     assert vfm_vae.objective(s, args, x, noise)[2]["multires"][0] == 0, "after a quarter"
     s.step = 24
@@ -1966,7 +1969,7 @@ def test_vfm_vae_objective():
         names = ["lr", "images", "l1", "lpips", "ssim", "multires", "vf", "kl", "gan", "patchgan"]
         assert tuple(vfm_vae.STAGES[stage][k] for k in names) == row, stage
         of_stage = tt.of_stage(tt.parse(["--model", "vfmvae"]), stage)
-        assert (of_stage.lr, of_stage.w_p) == (row[0], row[3]), stage
+        assert (of_stage.lr, of_stage.w_p, of_stage.disc_start) == (row[0], row[3], 0), stage
     for stage, parts in (("strong", 3), ("weak", 3), ("ssim", 3), ("patchgan", 3)):
         names = vfm_vae.STAGES[stage]["trains"]
         assert len(names) == parts and all(tok.get_submodule(name) for name in names)

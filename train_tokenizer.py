@@ -514,7 +514,9 @@ def describe_stage(s, args, data, device):
         weights = f"w_kl {args.w_kl:g}, w_vf {args.w_vf * (args.model == 'vavae'):g}"
     weights = f"w_g {args.w_g:g} from step {args.disc_start} of all stages, {weights}"
     if args.model == "vfmvae":
-        weights = ", ".join(f"{k} {STAGES[s.stage][k]:g}" for k in vfm_vae.WEIGHTS if k != "lpips")
+        row = STAGES[s.stage] | {"gan": STAGES[s.stage]["gan"] * args.w_gan}
+        weights = ", ".join(f"{k} {row[k]:g}" for k in vfm_vae.WEIGHTS if k != "lpips")
+        weights += f" from step {args.disc_start} of all stages"
     print_0(
         f"\n{name}, {STAGES[s.stage]['name']}: {' '.join(trains)} train, {sizes[True] / 1e6:.2f}M "
         f"parameters; {sizes[False] / 1e6:.2f}M frozen; discriminator {in_d / 1e6:.2f}M\n"
@@ -568,9 +570,10 @@ PRESETS = {
 # What --model vfmvae changes. w_gan: times the stage's weight of the GAN; tiny's L_rec has no 10
 # LPIPS, and a tenth balances it. None: as its stage says (vfm_vae.STAGES); steps: of its four stages.
 VFM_PRESETS = {
-    "tiny": {"steps": (300, 300, 75, 75), "batch_size": 16, "dino": "none", "w_gan": 0.1},
+    "tiny": {"steps": (300, 300, 75, 75), "batch_size": 16, "dino": "none", "w_gan": 0.1,
+             "disc_start": 0},
     "paper": {"encoder": "siglip2-l16-512", "decoder": "paper", "dino": "official", "w_gan": 1.0,
-              "lr": None, "w_p": None, "ema_decay": None, "batch_size": 512,
+              "disc_start": 0, "lr": None, "w_p": None, "ema_decay": None, "batch_size": 512,
               "steps": [round(row["images"] / 512) for row in vfm_vae.STAGES.values()]},
 }
 
@@ -612,7 +615,8 @@ def parse(argv=None):
         help="vavae: weight of the VF loss, times its adaptive weight (default: %(default)s)")
     add("--vf-margins", type=weight, nargs=2, default=[0.5, 0.25], metavar=("M_COS", "M_DIST"),
         help="vavae: m_cos and m_dist of the VF loss (default: %(default)s)")
-    add("--disc-start", type=index, help="step, counted through the stages, that begins the GAN")
+    add("--disc-start", type=index, help="step, counted through the stages, that begins the GAN; "
+        "vfmvae: 0")
     add("--encode-images", "--probe-images", type=count,
         help="training images for a stage's latent statistics and probe")
     args = p.fill(argv, PRESETS)

@@ -944,8 +944,9 @@ def gan_terms(s, weights, w_gan, x, recon):
 
 def objective(s, args, x, noise):
     """As train_tokenizer.aligntok_objective: the images to paint, x^, and the terms beside L_rec =
-    L1 + w_p LPIPS. args.w_gan: 1, or less where L_rec lacks LPIPS. s.stage: of STAGES;
-    s.discriminator: a Discriminators; noise: (B, d, h, w), standard normal."""
+    L1 + w_p LPIPS. args.w_gan: 1, or less where L_rec lacks LPIPS; args.disc_start: 0, or the step
+    of all stages at which the GAN begins. s.stage: of STAGES; s.discriminator: a Discriminators;
+    noise: (B, d, h, w), standard normal."""
     weights, mode = STAGES[s.stage], s.tokenizer.vfm_encoder.mode
     transform = draw_transform(*noise.shape[-2:]) if weights["equivariance"] else Transform()
     recon, lower, moments, z_proj, tokens = s.ddp_tokenizer(x, noise, *transform)
@@ -964,7 +965,8 @@ def objective(s, args, x, noise):
     if weights["ssim"]:
         similarity = ssim(x, recon.float().clamp(-1, 1)).mean()
         terms["ssim"] = (weights["ssim"], 1 - similarity)
-    terms |= gan_terms(s, weights, args.w_gan, x, recon)
+    if s.steps_before + s.step >= args.disc_start:
+        terms |= gan_terms(s, weights, args.w_gan, x, recon)
     if not weights["l1"]:  # only logged: L_rec's gradient ends here
         recon = recon.detach().requires_grad_()
     return x, recon, terms

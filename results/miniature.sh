@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The README's experiment in miniature, one row of it:  DATA=... WEIGHTS=... results/miniature.sh ROW SEED
+# The README's experiment in miniature, one row of it:  DATA=... WEIGHTS=... results/miniature.sh ROW SEED [tokenizer]
 #
 # ROW, a tokenizer and a generator on its latents:
 #   stage1, stage12, stage123 (AlignTok), sp0, sp5, cosine, before, lora (its ablations), vae, vavae (the baselines),
 #   margins0 (VA-VAE with a VF loss without margins), wvf1 (the same with ten times its weight), aligntok4800, vae4800,
 #   vavae4800, wvf4800 (three times as long);
 #   vfmvae (VFM-VAE, the other system: its small decoder, and a PatchGAN in place of the DINO discriminator, whose
-#   weights were not at hand; after a tenth of the first stage, 64 steps, held-out L_rec was 6.65 with the rate 1e-3 and
-#   6.72 with 3e-4, PSNR 10.04 and 9.84 dB: so it has 1e-3 as the others).
-# ROW, a generator alone, on the latents of a row that is run first:
+#   weights were not at hand. LPIPS has the weight 1 and the GAN begins with step 800, as for the others. With VFM-VAE's
+#   own 10 and a GAN from the first step it learns nothing in so few steps, whatever the rate: results/README.md).
+# ROW, a generator alone, on the latents of a row whose tokenizer is trained first:
 #   repa12, reg12 (aligned, on stage12), repavfm, regvfm (on vfmvae); text12, textvae, textvavae (from text: "a photo
 #   of a goldfish").
 #
@@ -19,10 +19,11 @@
 # Steps below, and in the names of files, are those of BUDGET 100.
 # SEED 0 of stage12, vae and vavae also measures the curves: figures against training steps and sampling steps; not with
 # CURVES=0.
+# With the word tokenizer only that is trained. Rows of one seed may run side by side where theirs is.
 # All figures of a row end in OUT/seed SEED/ROW.json (without it the row is measured again, where parts are missing);
 # results/ holds those of the README. SE-CKNNA against DINOv2 takes more than an hour of one core.
 set -euo pipefail
-row=${1-} seed=${2-} base='' tokenizer=yes
+row=${1-} seed=${2-} part=${3-all} base='' tokenizer=yes
 cd "$(dirname "$0")/.."
 case $row in
     stage1 | stage12 | sp0 | sp5 | cosine | before | lora | vae | vavae | vfmvae) ;;
@@ -33,15 +34,19 @@ case $row in
     textvae | textvavae) base=${row#text} tokenizer=no ;;
     *) echo "error: no such row: '$row'; the head of results/miniature.sh lists them" >&2; exit 1 ;;
 esac
-if ! [[ $seed =~ ^[0-9]+$ && -d ${DATA-} && -d ${WEIGHTS-} ]]; then
-    echo "error: it is DATA=FOLDER WEIGHTS=FOLDER results/miniature.sh ROW SEED; see its head" >&2; exit 1
+if ! [[ $seed =~ ^[0-9]+$ && -d ${DATA-} && -d ${WEIGHTS-} && $part =~ ^(all|tokenizer)$ ]]; then
+    echo "error: it is DATA=FOLDER WEIGHTS=FOLDER results/miniature.sh ROW SEED [tokenizer]; see its head" >&2; exit 1
 fi
 size=${SIZE:-64} batch=${BATCH:-16} workers=${WORKERS:-0}
 n() { echo $(($1 * ${BUDGET:-100} / 100)); }
 out=${OUT:-runs/miniature}/seed$seed
 runs=$out/$row
 if [ -f "$out/$row.json" ]; then echo "$row is complete: $out/$row.json"; exit; fi
-if [ "$base" ]; then results/miniature.sh "$base" "$seed"; fi
+if [ "$row" = stage123 ]; then  # its images are those of stage12's generator
+    results/miniature.sh stage12 "$seed"
+elif [ "$base" ]; then
+    results/miniature.sh "$base" "$seed" tokenizer
+fi
 mkdir -p "$runs"
 curves=no
 if [ "$seed" = 0 ] && [ "${CURVES:-1}" != 0 ]; then curves=yes; fi
@@ -90,7 +95,8 @@ case $row in
     vae)      final=$runs/vae.pt; curve "$final" 1600 4 --model vae --out "$runs" ;;
     vavae)    final=$runs/vavae.pt; curve "$final" 1600 4 --model vavae "${encoder[@]}" --out "$runs" ;;
     vfmvae)   final=$runs/patchgan.pt  # the four stages in its preset's proportion
-              vfm=(--model vfmvae "${encoder[@]}" --decoder tiny --dino none --out "$runs" "${final_figures[@]}")
+              vfm=(--model vfmvae "${encoder[@]}" --decoder tiny --dino none --w-p 1 --out "$runs"
+                   "${final_figures[@]}")
               for stage in strong:640 weak:640 ssim:160 patchgan:160; do
                   [ -f "$runs/tokenizer1600.json" ] ||
                       later train_tokenizer.py "${flags[@]}" "${vfm[@]}" --stage ${stage%:*} --steps "$(n ${stage#*:})"
@@ -125,10 +131,10 @@ case $row in
               esac ;;
 esac
 now
+if [ "$part" = tokenizer ]; then exit; fi
 
 # ---- Frechet distances: of the held-out images' reconstructions; and to the training images, of reconstructions of
-# every fourth of them: what a perfect generator of these latents would reach. And SE-CKNNA of the latents, against the
-# encoder and against the judge; stage 3 has those of stage 2
+# every fourth of them: what a perfect generator of these latents would reach
 reference=${OUT:-runs/miniature}/reference.npz
 [ -f "$reference" ] || later "${judge[@]}" "$DATA/train" --save-stats "$reference" --size "$size"
 if [ $tokenizer = yes ]; then
@@ -138,13 +144,6 @@ if [ $tokenizer = yes ]; then
         later ceiling "$final" "$DATA/train" "$runs/ceiling.npz" "$size" "$workers"
         later "${judge[@]}" "$runs/ceiling.npz" --save-stats "$runs/own.npz"
         later "${judge[@]}" "$reference" "$runs/ceiling.npz" --metrics fid --json "$runs/ceiling.json"
-    fi
-    if [ "$row" != stage123 ]; then
-        [ -f "$runs/cknna.json" ] ||
-            later fid.py --cknna "$final" "$DATA/val" --reference "$WEIGHTS/dinov2.pth" --workers "$workers" \
-                --json "$runs/cknna.json"
-        [ -f "$runs/cknna_judge.json" ] ||
-            later "${judge[@]}" --cknna "$final" "$DATA/val" --json "$runs/cknna_judge.json"
     fi
 fi
 now
@@ -157,7 +156,7 @@ prompts=() aligned=()
 case $row in
     repa* | reg*)
         align=${row%12}
-        aligned=(--align "${align%vfm}" --align-encoder "$WEIGHTS/dinov2.pth" --cache "$out/$base/dit/latents.npy") ;;
+        aligned=(--align "${align%vfm}" --align-encoder "$WEIGHTS/dinov2.pth") ;;
     text*)
         captions=${OUT:-runs/miniature}/captions
         if [ ! -f "$captions/prompts.txt" ]; then later captions "$DATA/train" "$captions"; fi
@@ -213,5 +212,15 @@ case $row in
         now ;;
 esac
 touch "$dit/done1600"
+
+# ---- SE-CKNNA of the latents, against the encoder and against the judge; stage 3 has those of stage 2
+if [ $tokenizer = yes ] && [ "$row" != stage123 ]; then
+    [ -f "$runs/cknna.json" ] ||
+        later fid.py --cknna "$final" "$DATA/val" --reference "$WEIGHTS/dinov2.pth" --workers "$workers" \
+            --json "$runs/cknna.json"
+    [ -f "$runs/cknna_judge.json" ] ||
+        later "${judge[@]}" --cknna "$final" "$DATA/val" --json "$runs/cknna_judge.json"
+fi
+now
 rm -rf "$runs"/{cfg,steps,plain400,plain800}*.npz*
 python results/parts.py row "$runs" "$best"

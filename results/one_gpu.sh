@@ -2,31 +2,59 @@
 # The experiment in miniature with ten times its steps and images of 128 px, 64 tokens each, on one GPU, the rows side
 # by side:
 #     DATA=... WEIGHTS=... results/one_gpu.sh [OUT]
-# DATA, WEIGHTS, and what else may be set: see results/miniature.sh. A row's log is OUT/ROW.log. Tables are printed;
+# The miniature as it was on a CPU, with all its rows:
+#     BUDGET=100 SIZE=64 SEEDS="0 1" ROWS=all DATA=... WEIGHTS=... results/one_gpu.sh OUT
+# DATA, WEIGHTS, and what else may be set: see results/miniature.sh. A row's log is OUT/log/ROW-SEED. Tables are printed;
 # pictures end in OUT. Repeat it after a stop; a row that failed is named, and the others go on.
+# These networks are small: a step is thousands of kernels of microseconds. Under NVIDIA's MPS (nvidia-cuda-mps-control -d)
+# the kernels of several processes run at the same time; without it they take turns.
 set -euo pipefail
 export OUT=${1:-runs/one_gpu} BUDGET=${BUDGET:-1000} SIZE=${SIZE:-128} WORKERS=${WORKERS:-4} CURVES=${CURVES:-0}
 cd "$(dirname "$0")/.."
 : "${DATA:?see the head of results/miniature.sh}" "${WEIGHTS:?see the head of results/miniature.sh}"
-mkdir -p "$OUT"
-[ -f "$OUT/reference.npz" ] ||
-    python results/judge.py "$DATA/train" --save-stats "$OUT/reference.npz" --size "$SIZE" --workers "$WORKERS" \
-        --lite0 "$WEIGHTS/efficientnet-lite0-57934424.pth"
+case ${ROWS:-main} in  # a line: a tokenizer, then the rows that need it; stage123 runs stage12 first
+    main) lines=("stage12 stage123" "vae vae" "vavae vavae" "vfmvae vfmvae") ;;
+    all) lines=("stage12 stage123 lora repa12 reg12 text12" "vae vae textvae" "vavae vavae textvavae"
+                "vfmvae vfmvae repavfm regvfm") ;;
+    *) echo "error: ROWS is main or all, not '$ROWS'" >&2; exit 1 ;;
+esac
+mkdir -p "$OUT/log"
 
-measure() {  # ROW...: one after the other
-    for row; do
-        results/miniature.sh "$row" 0 >> "$OUT/$row.log" 2>&1 ||
-            { echo "error: the row $row failed; see $OUT/$row.log" >&2; return 1; }
+row() {  # ROW SEED [tokenizer]
+    results/miniature.sh "$@" >> "$OUT/log/$1-$2" 2>&1 ||
+        { echo "error: the row $1 of seed $2 failed; see $OUT/log/$1-$2" >&2; return 1; }
+}
+all_of() {  # PID...: waits for them, and fails if one did
+    local failed=0
+    for pid; do wait "$pid" || failed=1; done
+    return $failed
+}
+line() {  # SEED TOKENIZER ROW...
+    local pids=()
+    row "$2" "$1" tokenizer || return 1
+    tail --pid="$reference" -f /dev/null  # waits for it
+    for name in "${@:3}"; do
+        row "$name" "$1" &
+        pids+=($!)
     done
+    all_of "${pids[@]}"
 }
 set -m  # a process group each: a signal to this script must reach all their processes
 pids=()
 trap 'for pid in "${pids[@]}"; do kill -- "-$pid" 2>/dev/null || true; done; exit 1' INT TERM HUP
-for rows in "stage12 stage123" vae vavae vfmvae; do
-    measure $rows &
-    pids+=($!)
+{ [ -f "$OUT/reference.npz" ] ||
+    python results/judge.py "$DATA/train" --save-stats "$OUT/reference.npz" --size "$SIZE" --workers "$WORKERS" \
+        --lite0 "$WEIGHTS/efficientnet-lite0-57934424.pth" > "$OUT/log/reference" 2>&1; } &
+reference=$!
+pids+=($reference)
+for seed in ${SEEDS:-0}; do
+    for names in "${lines[@]}"; do
+        # shellcheck disable=SC2086  # names
+        line "$seed" $names &
+        pids+=($!)
+    done
 done
 failed=0
-for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+all_of "${pids[@]}" || failed=1
 python results/figures.py --results "$OUT" --runs "$OUT/seed0" --out "$OUT" || failed=1
 exit $failed
