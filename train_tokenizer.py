@@ -570,8 +570,8 @@ PRESETS = {
 # What --model vfmvae changes. w_gan: times the stage's weight of the GAN; tiny's L_rec has no 10
 # LPIPS, and a tenth balances it. None: as its stage says (vfm_vae.STAGES); steps: of its four stages.
 VFM_PRESETS = {
-    "tiny": {"steps": (300, 300, 75, 75), "batch_size": 16, "dino": "none", "w_gan": 0.1,
-             "disc_start": 0},
+    "tiny": {"steps": (300, 250, 70, 70), "batch_size": 16, "dino": "none", "w_gan": 0.1,
+             "disc_start": 300},  # a PatchGAN from scratch: a critic of noise before
     "paper": {"encoder": "siglip2-l16-512", "decoder": "paper", "dino": "official", "w_gan": 1.0,
               "disc_start": 0, "lr": None, "w_p": None, "ema_decay": None, "batch_size": 512,
               "steps": [round(row["images"] / 512) for row in vfm_vae.STAGES.values()]},
@@ -615,8 +615,7 @@ def parse(argv=None):
         help="vavae: weight of the VF loss, times its adaptive weight (default: %(default)s)")
     add("--vf-margins", type=weight, nargs=2, default=[0.5, 0.25], metavar=("M_COS", "M_DIST"),
         help="vavae: m_cos and m_dist of the VF loss (default: %(default)s)")
-    add("--disc-start", type=index, help="step, counted through the stages, that begins the GAN; "
-        "vfmvae: 0")
+    add("--disc-start", type=index, help="step, counted through the stages, that begins the GAN")
     add("--encode-images", "--probe-images", type=count,
         help="training images for a stage's latent statistics and probe")
     args = p.fill(argv, PRESETS)
