@@ -395,8 +395,8 @@ def tiny_scripts():
     train_dit; sample and fid. Beside them torchrun with one rank: stage 1 compiled, then stage 2,
     which has a GAN."""
     with folder() as d, contextlib.ExitStack() as ends:
-        tiny = ["--preset", "tiny", "--encoder", "random:tiny14", "--steps", 12, "--val-images", 64,
-                "--encode-images", 256]
+        tiny = ["--preset", "tiny", "--encoder", "random:tiny14", "--steps", 12, "--disc-start", 12,
+                "--val-images", 64, "--encode-images", 256]
 
         def torchrun(*flags):
             ranks = start("train_tokenizer.py", *tiny, *flags, "--out", d / "torchrun", ranks=1)

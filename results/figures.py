@@ -57,7 +57,7 @@ TABLES = {
     "Ablation": (["sp0", "stage12", "sp5", "before", "cosine", "lora"], COLUMNS),
     "Tried": (["margins0", "wvf1", "vae4800", "vavae4800", "wvf4800", "aligntok4800"], COLUMNS),
     "Second system": (["stage12", "vfmvae"], COLUMNS),
-    "Alignment of the latents": (["vae", "vavae", "stage1", "stage12", "vfmvae"], CKNNA),
+    "Alignment of the latents": (["vae", "vavae", "stage1", "stage12", "lora", "vfmvae"], CKNNA),
     "Dual side": (["stage12", "repa12", "reg12", "vfmvae", "repavfm", "regvfm"], FD_AT),
     "Text": (["textvae", "textvavae", "text12"],
              {"FD": COLUMNS["FD"], "FD, guidance 4": lambda f: f"{f['cfg4']['FD-Lite0']:.0f}"})}
@@ -67,15 +67,18 @@ def cell(column, figures):
     """A dash where the row has no such figure."""
     try:
         return column(figures)
-    except KeyError:
+    except (KeyError, ValueError):
         return "-"
 
 
 def table(rows, names, columns):
     """One line a row, the seeds separated by slashes."""
+    seeds = sorted({seed for row in names if row in rows for seed in rows[row]})
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in filter(rows.get, names):
-        cells = [" / ".join(cell(column, rows[row][seed]) for seed in sorted(rows[row])) for column in columns.values()]
+        last_seed = max(rows[row])  # those after it were not planned
+        cells = [" / ".join(cell(column, rows[row].get(seed, {})) for seed in seeds if seed <= last_seed)
+                 for column in columns.values()]
         if not {*"".join(cells)} <= {*"-/ "}:
             lines.append(f"| {NAMES[row]} (`{row}`) | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # What a GPU computes and how fast, meant for four minutes on one: results/gpu.sh FOLDER
 # No data and no weights are needed. Without a GPU: DEVICE=cpu results/gpu.sh FOLDER
-# The checks of test_gpu.py run side by side, as they are not timed; beside them bench.py compiles its largest rows, two at
-# a time, as the card's memory allows. Then bench.py measures, alone, as far as it comes.
+# The checks of test_gpu.py run side by side, as they are not timed; beside them bench.py compiles its largest rows, two
+# at a time, as the card's memory allows. Then bench.py measures, alone, as far as it comes.
 # Not in it, as their compilation takes minutes more:  python test_smoke.py --device cuda compiled
 set -uo pipefail
 folder=$(realpath -m "${1:?results/gpu.sh FOLDER}")
 device=${DEVICE:-cuda}
-if [ "$device" = cuda ]; then threads=4 seconds=100; else threads=1 seconds=900; fi
+if [ "$device" = cuda ]; then threads=4 seconds=130; else threads=1 seconds=900; fi
 cd "$(dirname "$0")/.."
 mkdir -p "$folder"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
@@ -19,8 +19,9 @@ for checks in "compare sampler waits fake" scripts compiled-{lightningdit,mmdit}
     pids+=($!)
 done
 if [ "$device" = cuda ]; then
+    : > "$folder/compile.log"
     for rows in "xl 64:vit-l 3" "vit-l 2:vit-l 1"; do
-        timeout "$seconds" python bench.py --device cuda --compile-only --rows "${rows%:*}" "${rows#*:}" \
+        timeout 100 python bench.py --device cuda --compile-only --rows "${rows%:*}" "${rows#*:}" \
             >> "$folder/compile.log" 2>&1 &
         warm+=($!)
     done

@@ -6,8 +6,8 @@
 #   margins0 (VA-VAE with a VF loss without margins), wvf1 (the same with ten times its weight), aligntok4800, vae4800,
 #   vavae4800, wvf4800 (three times as long);
 #   vfmvae (VFM-VAE, the other system: its small decoder, and a PatchGAN in place of the DINO discriminator, whose
-#   weights were not at hand. LPIPS has the weight 1 and the GAN begins with step 800, as for the others. With VFM-VAE's
-#   own 10 and a GAN from the first step it learns nothing in so few steps, whatever the rate: results/README.md).
+#   weights were not at hand. LPIPS has the weight 1 and the GAN, a tenth of its own weight, begins with step 800. With
+#   VFM-VAE's own weights and a GAN from the first step it learns nothing in so few steps: results/README.md).
 # ROW, a generator alone, on the latents of a row whose tokenizer is trained first:
 #   repa12, reg12 (aligned, on stage12), repavfm, regvfm (on vfmvae); text12, textvae, textvavae (from text: "a photo
 #   of a goldfish").
@@ -19,7 +19,8 @@
 # Steps below, and in the names of files, are those of BUDGET 100.
 # SEED 0 of stage12, vae and vavae also measures the curves: figures against training steps and sampling steps; not with
 # CURVES=0.
-# With the word tokenizer only that is trained. Rows of one seed may run side by side where theirs is.
+# With the word tokenizer only that is trained. Once the tokenizers that they begin with are there, rows may run side by
+# side; but stage123 runs stage12 first, and stage1 writes where it does.
 # All figures of a row end in OUT/seed SEED/ROW.json (without it the row is measured again, where parts are missing);
 # results/ holds those of the README. SE-CKNNA against DINOv2 takes more than an hour of one core.
 set -euo pipefail
@@ -77,8 +78,9 @@ train() {  # FINAL STEPS FLAGS...: trains up to STEPS and keeps the validation's
 }
 curve() {  # FINAL STEPS PARTS FLAGS...: with the curves, with figures on fewer images on the way
     if [ $curves = yes ]; then
-        for ((part = 1; part < $3; part++)); do
-            train "$1" $(($2 * part / $3)) "${@:4}" --val-images 500 --probe-images 2000
+        local i
+        for ((i = 1; i < $3; i++)); do
+            train "$1" $(($2 * i / $3)) "${@:4}" --val-images 500 --probe-images 2000
         done
     fi
     train "$1" "$2" "${@:4}" "${final_figures[@]}"

@@ -82,7 +82,8 @@ def captions(train, folder):
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     part.rename(folder / "00000.tar")
-    (folder / "prompts.txt").write_text("".join(caption(NAMES[c]) + "\n" for c in classes))
+    part.write_text("".join(caption(NAMES[c]) + "\n" for c in classes))
+    part.rename(folder / "prompts.txt")
 
 
 def distance(runs, name):
