@@ -571,7 +571,7 @@ PRESETS = {
 # LPIPS, and a tenth balances it. None: as its stage says (vfm_vae.STAGES); steps: of its four stages.
 VFM_PRESETS = {
     "tiny": {"steps": (300, 250, 70, 70), "batch_size": 16, "dino": "none", "w_gan": 0.1,
-             "disc_start": 300},  # a PatchGAN from scratch: a critic of noise before
+             "disc_start": 300},  # from scratch; before, it only holds L_rec back
     "paper": {"encoder": "siglip2-l16-512", "decoder": "paper", "dino": "official", "w_gan": 1.0,
               "disc_start": 0, "lr": None, "w_p": None, "ema_decay": None, "batch_size": 512,
               "steps": [round(row["images"] / 512) for row in vfm_vae.STAGES.values()]},
