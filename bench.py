@@ -379,6 +379,8 @@ if __name__ == "__main__":
                    help="fill torch's cache of kernels, for the next run; nothing is timed")
     p.add_argument("--out", type=Path, help="folder for bench.json")
     args = p.parse_args()
+    if args.compile_only and args.device == "cpu":
+        p.error("--compile-only goes with --device cuda: on a CPU nothing is compiled")
     runs.setup_ranks()  # no TF32
     device = torch.device(args.device)
     auto = runs.autocast_dtype("auto", device)
