@@ -1975,6 +1975,22 @@ def test_vfm_vae_objective():
         assert len(names) == parts and all(tok.get_submodule(name) for name in names)
 
 
+def test_vfm_vae_ema():
+    """The EMA's half-life is a twentieth of the images that all stages have seen, at most 160,000:
+    after 40 steps of 512 two steps, late a decay of .9978."""
+    args = SimpleNamespace(ema_decay=None, batch_size=512)
+    for steps_before, step, decay in ((30, 9, 0.5 ** 0.5), (0, 39, 0.5 ** 0.5),
+                                      (40_000, 0, 0.5 ** 0.0032)):
+        net = torch.nn.Linear(1, 1, bias=False)
+        ema = copy.deepcopy(net).requires_grad_(False)
+        net.weight.data.fill_(1)
+        ema.weight.fill_(0)
+        opt = torch.optim.SGD(net.parameters(), 0.0)
+        tt.update(SimpleNamespace(opt_g=opt, opt_d=opt, ema=ema, tokenizer=net, step=step,
+                                  steps_before=steps_before), args)
+        close(ema.weight.item(), 1 - decay, 1e-6)
+
+
 def test_vfm_vae_files():
     """An official checkpoint is built from names and shapes; without the encoder it decodes; each
     mistake is one line."""
