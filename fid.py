@@ -25,6 +25,7 @@ import math
 import operator
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ from files import (
 )
 from losses import ssim
 from model import DINOv2
-from runs import Parser, count, index, launch, setup_ranks
+from runs import Parser, by_parts, count, index, launch, setup_ranks
 from toy import Shapes
 from vfm_vae import VFMVAE, resize
 
@@ -181,8 +182,11 @@ def load_inception(file=None):
 
 def resize_pil(images, side):
     """uint8 (B, 3, H, W) -> float (B, 3, side, side) in [0, 1], by PIL's bicubic filter."""
-    small = [np.asarray(Image.fromarray(img).resize((side, side), Image.BICUBIC))
-             for img in images.permute(0, 2, 3, 1).cpu().numpy()]
+    def shrunk(img):
+        return np.asarray(Image.fromarray(img).resize((side, side), Image.BICUBIC))
+
+    with ThreadPoolExecutor() as pool:
+        small = list(pool.map(shrunk, images.permute(0, 2, 3, 1).cpu().numpy()))
     small = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2)
     return small.to(images.device).float() / 255
 
@@ -931,7 +935,8 @@ def reconstruction(args, rank, world, device):
     values = torch.zeros(n, len(measures), dtype=torch.float64)
     for pixels, indices in images.read(args, rank, world, device):
         x = pixels.float() / 127.5 - 1  # (B, 3, H, W)
-        recon = to_uint8(tokenizer.decode(tokenizer.encode(x)))  # (B, H, W, 3)
+        recon = to_uint8(by_parts(lambda few: tokenizer.decode(tokenizer.encode(few)), x,
+                                  x[0, 0].numel()))  # (B, H, W, 3)
         recon = torch.from_numpy(recon).permute(0, 3, 1, 2).to(device)
         y = recon.float() / 127.5 - 1  # as a saved PNG would hold it
         for k, measure in enumerate(measures.values()):
@@ -1113,8 +1118,6 @@ def parse(argv=None, judge=None):
 def main(argv=None, judge=None):
     """judge, in place of --features: a FeatureNetwork's fields; see results/judge.py."""
     args = parse(argv, judge)
-    # on by default, and coarser than the figures' last digit
-    torch.backends.cudnn.allow_tf32 = False
     command = (reconstruction if args.recon else probe if args.probe
                else alignment if args.cknna else evaluate)
     command(args, *setup_ranks())

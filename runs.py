@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -106,8 +107,10 @@ def wrap(module, device):
     if not dist.is_initialized():
         return module
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, ids, broadcast_buffers=False,
-                                   gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 prefers a newer name
+        return DistributedDataParallel(module, ids, broadcast_buffers=False,
+                                       gradient_as_bucket_view=True)
 
 
 def no_sync(module, skip):
@@ -179,6 +182,7 @@ def compile_parts(parts):
 
     functorch.donated_buffer = False  # an adaptive weight's graph is walked twice
     dynamo.cache_size_limit = 64  # a block's code meets more shapes than 8
+    dynamo.optimize_ddp = False  # DDP would cut each block's graph where its buckets end
     for part, name in parts:
         setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
 
@@ -188,6 +192,13 @@ def checkpoint_activations(blocks):
     pass: less memory, the same gradients, slower."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def by_parts(f, x, pixels):
+    """f(x) of a batch, a few images at once: 32 of 256 px. pixels: of an image. The decoder's layers
+    at full size take 140 MB for each of these; and CUDA's up-sampling fails at 2**31 numbers, which
+    are 64 images of 512 px."""
+    return torch.cat([f(few) for few in x.split(max(1, 2 ** 21 // pixels))])
 
 
 class TapConvolution(torch.autograd.Function):
@@ -658,15 +669,18 @@ def launch(main):
         sys.exit(f"error: {' '.join(str(e).splitlines())}")  # one line, whatever a file is called
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
-    except torch.OutOfMemoryError as e:
-        sys.exit(f"error: out of GPU memory (--accum N splits the batch; --checkpointing; fewer "
-                 f"images at once): {first_line(e)}")
-    except dist.DistBackendError as e:
-        sys.exit(f"error: another rank has stopped, or the network between them: {first_line(e)}")
     except RuntimeError as e:
-        if re.search(r"C(\+\+)? compiler|Compiler: .* not found", str(e)):
-            sys.exit("error: --compile (on GPUs the default) takes a C++ compiler, such as g++; "
-                     "--no-compile does without")
+        if short := re.search(r".*(out of memory|_ALLOC_FAILED).*", str(e)):  # cuBLAS, NCCL, too
+            sys.exit(f"error: out of GPU memory (--accum N splits the batch; --checkpointing; fewer "
+                     f"images at once): {short[0].strip()}")
+        if isinstance(e, dist.DistBackendError):
+            sys.exit("error: another rank has stopped, or the network between them: "
+                     f"{first_line(e)}")
+        if re.search(r"C(\+\+)? compiler|Compiler: .* not found|working triton|triton GPU compiler|"
+                     r"CalledProcessError.*cc", str(e)):
+            sys.exit("error: --compile (on GPUs the default) takes a C++ compiler, such as g++, "
+                     "and on GPUs Triton and Python's headers; --no-compile does without: "
+                     f"{first_line(e)}")
         if str(e).startswith("DataLoader worker"):  # torch raises it anywhere in main
             sys.exit("error: a process that loads images has died (short of memory? fewer "
                      f"--workers?): {e}")

@@ -2773,7 +2773,14 @@ def test_launch():
     no_compiler = "backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found"
     for error, says in ((UserError("a\nb"), SystemExit("error: a b")),
                         (RuntimeError(no_compiler), SystemExit("error: --compile")),
+                        (RuntimeError("raised:\nTritonMissing: Cannot find a working triton"),
+                         SystemExit("error: --compile")),
                         (torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+                         SystemExit("error: out of GPU memory (--accum")),
+                        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+                         SystemExit("error: out of GPU memory (--accum")),
+                        (torch.distributed.DistBackendError(
+                            "NCCL error\nLast error:\nCuda failure 2 'out of memory'"),
                          SystemExit("error: out of GPU memory (--accum")),
                         (torch.distributed.DistBackendError("NCCL\nerror"),
                          SystemExit("error: another rank has stopped, or the network")),
@@ -2792,6 +2799,25 @@ def test_compiled_by_default():
             args = script.parse(flags)
             found = [runs.compiles(args, torch.device(name)) for name in ("cpu", "cuda")]
             assert found == [cpu, cuda], (script, flags)
+
+
+def test_compiled_under_ddp():
+    """A block is one graph, under DDP too, whose buckets would cut it."""
+    backend = Mock(side_effect=lambda graph, _: graph.forward)
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dit = small_dit()
+        with patch("torch.compile", partial(torch.compile, backend=backend)):
+            runs.make_fast(dit, SimpleNamespace(compile=True, checkpointing=False), CPU)
+        ddp = runs.wrap(dit, CPU)
+        ddp.bucket_bytes_cap = 1000
+        with patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000):
+            ddp(torch.randn(2, 4, 4, 4), torch.rand(2), torch.tensor([1, 5]))
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()
+    assert backend.call_count == 1, backend.call_count
 
 
 def test_checkpointing_changes_no_gradient():
@@ -4323,10 +4349,10 @@ def test_images_do_not_depend_on_the_batch():
     assert all((p - first).abs().max() < 1e-4 * scale for p in others)
     assert (first[0] - first[1]).abs().max() > 1e-2 * scale  # and it does depend on i
 
-    # large ones are decoded a few at once: 2**31 numbers are too many for a GPU's up-sampling
+    # large ones are decoded a few at once
     still = Mock(side_effect=lambda z, t, y: 0 * z, num_classes=0, extra=0,
                  arguments={"grid": (128, 128)})
-    large = SimpleNamespace(latent_mean=torch.zeros(1), d=1, unnormalize=lambda z: z,
+    large = SimpleNamespace(latent_mean=torch.zeros(1), d=1, factor=8, unnormalize=lambda z: z,
                             decode=Mock(side_effect=lambda z: z))
     images, _ = sample.generate(still, large, np.arange(5), None, 0, [1.0, 0.0])
     assert [len(call.args[0]) for call in large.decode.call_args_list] == [2, 2, 1]

@@ -263,7 +263,8 @@ def validate(tokenizer, train, held_out, args, device, lpips, probes=PROBES):
     order = at_random(args.val_images, 32, len(held_out))
     sums = {"rec": 0.0, "psnr": 0.0, "ssim": 0.0}
     for x, _ in batches(Crops(held_out, args.size), order, args.workers, device):
-        recon = tokenizer.decode(tokenizer.encode(x)).clamp(-1, 1)
+        recon = runs.by_parts(lambda few: tokenizer.decode(tokenizer.encode(few)), x,
+                              args.size ** 2).clamp(-1, 1)
         rec, *_ = losses.reconstruction_loss(x, recon, lpips, args.w_p)
         sums["rec"] += rec.item() * len(x)
         sums["psnr"] += psnr(x, recon).sum().item()
