@@ -355,6 +355,9 @@ def measure(row, work, images=0):
                   if "ours" in ours and "ours" not in side]
         rate = gflop[side] / seconds
         figures = {"row": row, "side": side, "seconds": seconds, "GFLOP": gflop[side]}
+        for product in (r for r in results if r["side"] == "matrix product" and gflop[side]):
+            share = figures["of the matrix product"] = rate / product["GFLOP"] * product["seconds"]
+            ratios.insert(0, f"{100 * share:.0f} % of the matrix product")
         if images:
             figures["images/s"] = images / seconds
             ratios.insert(0, f"{images / seconds:.1f} images/s")
@@ -370,7 +373,8 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    p.add_argument("--rows", nargs="+", choices=[*ROWS, *GPU_ROWS], help="default: all")
+    p.add_argument("--rows", nargs="+", metavar="ROW",
+                   help=f"default: all; on a CPU {', '.join(ROWS)}; on a GPU {', '.join(GPU_ROWS)}")
     p.add_argument("--rounds", type=int, default=3, choices=range(1, 21), metavar="N",
                    help="default: %(default)s")
     p.add_argument("--alone", action="store_true", help="without peers")
@@ -381,24 +385,34 @@ if __name__ == "__main__":
     args = p.parse_args()
     if args.compile_only and args.device == "cpu":
         p.error("--compile-only goes with --device cuda: on a CPU nothing is compiled")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: PyTorch sees no GPU here")
+    table = GPU_ROWS if args.device == "cuda" else {row: (work, 0) for row, work in ROWS.items()}
+    if unknown := set(args.rows or ()) - set(table):
+        p.error(f"--rows: with --device {args.device} there is no {', '.join(sorted(unknown))}; "
+                f"there are {', '.join(table)}")
     runs.setup_ranks()  # no TF32
     device = torch.device(args.device)
     auto = runs.autocast_dtype("auto", device)
     peers = FP32 if args.device == "cpu" else auto
-    table = GPU_ROWS if args.device == "cuda" else {row: (work, 0) for row, work in ROWS.items()}
     torch.set_default_device(device)
     torch.backends.cudnn.benchmark = True
-    results = []
+    results, todo = [], list(args.rows or table)
     failed = False
-    for row in args.rows or table:
+    while todo:
+        row = todo[0]
         try:
             if args.compile_only:
                 compile_only(row, table[row][0])
             else:
                 results += measure(row, *table[row])
+        except KeyboardInterrupt:
+            print(f"SKIP {', '.join(todo)}: no time was left")
+            break
         except RuntimeError:  # the next row may be measured
             traceback.print_exc()
             failed = True
+        todo.pop(0)
         if results and args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "bench.json").write_text(json.dumps(results, indent=1))

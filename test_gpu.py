@@ -1,7 +1,7 @@
 """What a GPU computes, beside what a CPU does; what only a GPU does.
 
     python test_smoke.py --device cuda [--out FOLDER] [words]   some minutes on one GPU
-    python test_smoke.py --device cpu compile fake              what needs none
+    python test_smoke.py --device cpu compiled fake             what needs none
 
 A line a figure: PASS, FAIL or SKIP, its name, the figure, its bound, the seconds of its check. With
 --out the same as FOLDER/CHECK.json. Networks and images are random; there is nothing to download.
@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import baselines
 import fid
 import losses
+import repa
 import runs
 import sample
 import train_dit
@@ -38,6 +39,8 @@ from model import DECODERS, DITS, ENCODERS, Decoder, DINOv2, LightningDiT, Token
 from test_smoke import complete, end, folder, kill, random_weights, stage_by_hand, start
 
 FP32, BF16 = torch.float32, torch.bfloat16
+SMALL_ENCODER = {"dim": 64, "depth": 2, "grid": 2}
+SMALL_DECODER = {"ch": 8, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2}
 
 
 # ---- the same numbers as on a CPU
@@ -77,6 +80,11 @@ def networks():
         "lpips": (losses.LPIPS(), image(128), image(128)),
         "lightningdit": (LightningDiT(**dit), *flow),
         "lightningdit qk-norm": (LightningDiT(**dit, qk_norm=True), *flow),
+        "mmdit": (MMDiT(grid=(8, 8), text=22, pooled=8, **MMDITS["tiny"]), *flow[:2],
+                  torch.randn(2, 3 * 22 + 8)),
+        "vfm-vae": (Call(vfm_vae.VFMVAE.decode, vfm_vae.VFMVAE(
+            {"dinov2": SMALL_ENCODER}, **vfm_vae.reading_sizes("tiny", DINOv2(**SMALL_ENCODER)))),
+            torch.randn(1, 32, 8, 8)),
         "inception tf1": (inception, whole),
         "inception torch": (Call(lambda net, x: net(x, "torch"), inception), whole),
         "l1": (Call(lambda a, b: losses.reconstruction_loss(a, b, None, 0)[0]), image(64),
@@ -84,6 +92,8 @@ def networks():
         "l_sp": (Call(losses.semantic_preservation), z, y),
         "l_sp cosine": (Call(lambda a, b: losses.semantic_preservation(a, b, "cosine")), z, y),
         "hinge": (Call(losses.hinge_d), z, y),
+        "hinge of G": (Call(losses.hinge_g), z),
+        "ssim": (Call(lambda a, b: losses.ssim(a, b).mean()), image(64), image(64)),
         "kl": (Call(losses.kl_divergence), z),
         "vf": (Call(losses.vf_loss), z, torch.randn(2, 64, 32)),
         "flow matching": (Call(lambda a, b: losses.flow_matching(
@@ -112,10 +122,11 @@ def outcome(network, inputs, device, dtype, of_inputs=True):
 BOUNDS = {"fp32": (1e-5, 1e-4), "torch's flags": (2e-3, 2e-2), "bf16": (2e-2, 5e-2)}
 # Where rounding turns the sign of a ReLU's input, the gradient takes another way. A CPU that rounds
 # its operands so differs from itself by .025 (TF32, both networks), in fp32 from fp64 by 8e-5
-# (LPIPS); the encoder of the VAE, of 25 convolutions in a row, in bf16 by .0195 and .052.
+# (LPIPS); the encoder of the VAE, of 25 convolutions in a row, in bf16 by .0195 and .052, VFM-VAE's decoder
+# in bf16 by .010 and .11.
 LOOSER = {"lpips": {"fp32": (1e-5, 1e-3), "torch's flags": (2e-3, 5e-2), "bf16": (0.1, 0.1)},
           "patchgan": {"torch's flags": (2e-3, 5e-2), "bf16": (0.1, 0.1)},
-          "encoder": {"bf16": (3e-2, 0.1)}}
+          "encoder": {"bf16": (3e-2, 0.1)}, "vfm-vae": {"bf16": (2e-2, 0.2)}}
 
 
 def compare(device):
@@ -193,18 +204,41 @@ def stage_on(device, stage, dtype, width="tiny"):
     return s, args, torch.rand(n, 3, side, side, device=device) * 2 - 1
 
 
-def generator_on(device, dtype):
-    """(s, args, batch) of train_dit.py."""
-    model = LightningDiT(**DITS["tiny"], grid=(4, 4), num_classes=12).to(device)
+def system_on(device, network, frozen, noise, gan):
+    """(s, args, inputs, gan): what tt.training_step takes for a network of AlignTok, VAE, VA-VAE or
+    VFM-VAE, with all losses. frozen: AlignTok's reference, and VA-VAE's encoder."""
+    s, args = stage_by_hand(network, losses.PatchGAN(16).to(device), frozen)
+    s.lpips, args.w_p, inputs = random_weights(losses.LPIPS(), scale=0.02).to(device), 1.0, []
+    if isinstance(network, VAE):
+        inputs = [noise]
+        args.model, s.reference = (
+            ("vavae", frozen.encoder) if network.arguments["vf_dim"] else ("vae", None))
+        s.objective = partial(baselines.objective, s, args)
+    if isinstance(network, vfm_vae.VFMVAE):
+        s.stage, s.steps_before, s.step, s.steps = "strong", 0, 0, 8
+        args.w_gan, args.disc_start, inputs = float(gan), 0, [noise]
+        s.discriminator = s.ddp_discriminator = vfm_vae.Discriminators(
+            losses.PatchGAN(16), 16, last_stage=False).to(device)
+        s.objective = partial(vfm_vae.objective, s, args)
+        gan = False  # it has its own
+    return s, args, inputs, gan
+
+
+def generator_on(device, dtype, model=None, condition=None, loss=losses.flow_matching):
+    """(s, args, batch) of train_dit.py. condition: labels by default."""
+    if model is None:
+        model = LightningDiT(**DITS["tiny"], grid=(4, 4), num_classes=12)
+    model = model.to(device)
     s = SimpleNamespace(model=model, ddp_model=model, encode=False, shift=1.0,
-                        flow_matching=losses.flow_matching,
-                        meter=runs.Meter(device),
+                        flow_matching=loss, meter=runs.Meter(device),
                         ema=copy.deepcopy(model).requires_grad_(False),
                         trained=[p for p in model.parameters() if p.requires_grad],
                         autocast=partial(runs.autocast, device, dtype))
     s.opt = torch.optim.AdamW(s.trained, 1e-4, fused=True)
     z0, z1 = torch.randn(2, 4, 32, 4, 4, device=device)
-    batch = z0, torch.tensor([0, 1, 2, 12], device=device), torch.randn(4, device=device), z1
+    if condition is None:
+        condition = torch.tensor([0, 1, 2, 12], device=device)
+    batch = z0, condition, torch.randn(4, device=device), z1
     return s, train_dit.parse(["--preset", "tiny"]), batch
 
 
@@ -255,9 +289,8 @@ def compiled(device, system):
     in fp32."""
     gpu = device.type == "cuda"
     compiler = torch.compile if gpu else partial(torch.compile, backend="aot_eager")
-    small = {"ch": 8, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2}
-    decoder = DECODERS["vavae"] if gpu else small
-    encoder = ENCODERS["vitb14"] if gpu else {"dim": 64, "depth": 2, "grid": 2}
+    decoder = DECODERS["vavae"] if gpu else SMALL_DECODER
+    encoder = ENCODERS["vitb14"] if gpu else SMALL_ENCODER
     side, dim = (256, 768) if gpu else (64, 64)
     x = torch.rand(2, 3, side, side, device=device) * 2 - 1
     noise = torch.randn(2, 32, side // 16, side // 16, device=device)
@@ -274,21 +307,10 @@ def compiled(device, system):
             return loss
         frozen = Tokenizer(encoder, decoder).to(device).requires_grad_(False)
         frozen.latent_std.fill_(1)
-        s, args = stage_by_hand(network, losses.PatchGAN(16).to(device), frozen)
+        s, args, inputs, gan = system_on(device, network, frozen, noise, gan)
         s.autocast = partial(runs.autocast, device, dtype)
-        s.lpips, args.w_p, inputs = random_weights(losses.LPIPS(), scale=0.02).to(device), 1.0, []
         if compile:
             runs.compile_parts([(s.lpips, "distance")])
-        if isinstance(network, VAE):
-            args.model, s.reference, inputs = "vavae", frozen.encoder, [noise]
-            s.objective = partial(baselines.objective, s, args)
-        if isinstance(network, vfm_vae.VFMVAE):
-            s.stage, s.steps_before, s.step, s.steps = "strong", 0, 0, 8
-            args.w_gan, args.disc_start, inputs = float(gan), 0, [noise]
-            s.discriminator = s.ddp_discriminator = vfm_vae.Discriminators(
-                losses.PatchGAN(16), 16, last_stage=False).to(device)
-            s.objective = partial(vfm_vae.objective, s, args)
-            gan = False  # it has its own
         return tt.training_step(x, inputs, s, args, gan, True)["rec"]
 
     def step(build, compile, checkpointing, dtype, gan):
@@ -342,48 +364,86 @@ def fake(device):
 
 
 def fake_steps():
-    """Every training step on a CUDA device that is not there: tensors with a shape and a device,
-    but no numbers, so that one which was left on the CPU is found. The backward passes need a
-    driver, and are left out."""
-    mode, cuda = FakeTensorMode(), torch.device("cuda:0")
+    """Every training step and forward pass on a CUDA device that is not there: tensors with a shape
+    and a device, but no numbers, so that one which was left on the CPU is found. The backward
+    passes need a driver, and are left out."""
+    mode, cpu, cuda = FakeTensorMode(), torch.device("cpu"), torch.device("cuda:0")
 
     def on_cuda(x):
         return FakeTensor(mode, x.detach().to("meta"), cuda)
 
-    def moved(network):
-        for part in network.modules():
+    def moved(*networks):
+        for part in (part for network in networks if network for part in network.modules()):
             for name, p in part._parameters.items():
                 if p is not None:
                     part._parameters[name] = nn.Parameter(on_cuda(p), p.requires_grad)
             for name, b in part._buffers.items():
                 if b is not None:
                     part._buffers[name] = on_cuda(b)
-        return network
+        return networks[0]
 
     def gradient(loss, leaves, **_):
         return [torch.zeros_like(x) for x in (leaves if isinstance(leaves, list) else [leaves])]
 
-    cpu = torch.device("cpu")
+    def on_the_cpu(name, found):
+        return f"{name}, figures on the CPU", sum(x.is_cpu for x in found), 0
+
+    encoder = DINOv2(**SMALL_ENCODER).requires_grad_(False)
+    frozen = Tokenizer(SMALL_ENCODER, SMALL_DECODER).requires_grad_(False)
+    frozen.latent_std.fill_(1)
+    image, noise = torch.rand(2, 3, 64, 64), torch.randn(2, 32, 4, 4)
+    steps = {f"stage {k}": (*stage_on(cpu, k, FP32), [], True) for k in (1, 2, 3)}
+    vfm = vfm_vae.reading_sizes("tiny", encoder)
+    for name, network in (("VAE", VAE(SMALL_DECODER)), ("VA-VAE", VAE(SMALL_DECODER, vf_dim=64)),
+                          ("VFM-VAE", vfm_vae.VFMVAE({"dinov2": SMALL_ENCODER}, **vfm))):
+        s, args, inputs, gan = system_on(cpu, network.train(), frozen, noise, True)
+        s.ema = copy.deepcopy(network)
+        steps[name] = s, args, image, inputs, gan
+    aligned = DITS["tiny"] | {"width": encoder.dim, "grid": (4, 4), "num_classes": 12}
+    generators = {"LightningDiT": generator_on(cpu, FP32)}
+    mmdit = MMDiT(grid=(4, 4), text=22, pooled=8, **MMDITS["tiny"])
+    generators["MMDiT"] = generator_on(cpu, FP32, mmdit, torch.randn(4, 3 * 22 + 8))
+    for align in ("repa", "reg"):
+        s, args, batch = generator_on(cpu, FP32, repa.AlignedDiT(align, **aligned),
+                                      loss=partial(repa.flow_matching, encoder))
+        generators[align] = s, args, (*batch, image.repeat(2, 1, 1, 1), torch.randn(4, encoder.dim))
+    moved(encoder)
+    # without a driver torch would switch bf16 off
     with (patch.object(torch.Tensor, "backward", lambda loss: None),
-          patch("torch.autograd.grad", gradient)):
-        for stage in (1, 2, 3):
-            s, args, x = stage_on(cpu, stage, FP32)
-            for part in (s.tokenizer, s.discriminator, s.lpips, s.reference, s.ema):
-                if part is not None:
-                    moved(part)
-            x = on_cuda(x)
+          patch("torch.autograd.grad", gradient),
+          patch.object(vfm_vae, "draw_transform", lambda *_: vfm_vae.Transform()),
+          patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+          patch("torch.cuda.is_bf16_supported", lambda *_, **__: True)):
+        autocast = partial(runs.autocast, cuda, BF16)
+        for name, (s, args, x, inputs, gan) in steps.items():
+            moved(s.tokenizer, s.discriminator, s.lpips, s.reference, s.ema)
+            x, inputs, s.autocast = on_cuda(x), list(map(on_cuda, inputs)), autocast
             with mode:
-                s.autocast = partial(runs.autocast, cuda, BF16)
-                log = tt.training_step(x, [], s, args, True, True)
+                log = tt.training_step(x, inputs, s, args, gan, True)
                 update_ema(s.ema, s.tokenizer, 0.9)
-            yield f"stage {stage}, figures on the CPU", sum(v.is_cpu for v in log.values()), 0
-        s, args, batch = generator_on(cpu, FP32)
-        batch = tuple(map(on_cuda, batch))
-        moved(s.model)
-        with mode:
-            s.autocast = partial(runs.autocast, cuda, BF16)
-            log = train_dit.training_step(batch, s, args, True)
-        yield "generator, figures on the CPU", sum(v.is_cpu for v in log.values()), 0
+            yield on_the_cpu(name, log.values())
+        for name, (s, args, batch) in generators.items():
+            moved(s.model)
+            batch, s.autocast = tuple(map(on_cuda, batch)), autocast
+            with mode:
+                yield on_the_cpu(name, train_dit.training_step(batch, s, args, True).values())
+        inception, dit = moved(fid.Inception()), generators["LightningDiT"][0].model
+        flux = {"ch": 32, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 1}
+        tokenizers = {name: s.tokenizer for name, (s, *_) in steps.items()}
+        tokenizers["VAE of FLUX"] = moved(baselines.FluxVAE(flux))
+        bytes, image, noise = on_cuda(image.byte()), on_cuda(image), on_cuda(noise)
+        velocity = sample.Velocity(dit, on_cuda(torch.tensor([1, 2])), 3.0)
+        with mode, torch.no_grad():
+            for rule in ("tf1", "torch"):
+                yield on_the_cpu(f"Inception, {rule}", inception(bytes, rule).values())
+            for name, tokenizer in tokenizers.items():
+                tokenizer.has_statistics = True
+                z = tokenizer.normalize(tokenizer.encode(image))
+                yield on_the_cpu(f"{name}, latents", [z, tokenizer.decode(tokenizer.unnormalize(z))])
+            times = sample.time_grid(3)
+            yield on_the_cpu("sampler", [sample.integrate(velocity, noise, times, "heun")])
+            yield on_the_cpu("DiffAug", [vfm_vae.diffaug(image)])
+            yield on_the_cpu("PSNR, SSIM", [fid.psnr(image, image), losses.ssim(image, image)])
 
 
 def scripts(device):
@@ -428,6 +488,8 @@ def tiny_scripts():
         complete("sample.py", *tiny[:2], "--dit", d / f"dit/dit_step{saved + 10:08d}.pt",
                  "--tokenizer", d / "alone/stage3.pt", "-n", 64, "--steps", 8, "--out", d / "s.npz")
         complete("fid.py", "--probe", d / "alone/stage3.pt", "shapes", "shapes")
+        complete("fid.py", "shapes", d / "s.npz", "--features", "dinov2", "--dinov2",
+                 d / "alone/stage3.pt")
         yield "sample.py, fid.py", 0, 0
         complete_ranks(ranks)
         yield "train_tokenizer.py, torchrun, stage 2", 0, 0
@@ -494,6 +556,8 @@ def main(argv=None):
                    help="deadline of a check (default: %(default)s)")
     p.add_argument("--out", type=Path, help="folder for CHECK.json")
     args = p.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: PyTorch sees no GPU here; --device cpu runs what needs none")
     runs.setup_ranks()  # no TF32
     rows = []
     for word in args.words:

@@ -5,8 +5,8 @@
     L = E || v(z_t, t, y) - (z1 - z0) ||^2
 
 CPU, after the tokenizer's tiny run:  python train_dit.py --preset tiny
-One GPU:                              python train_dit.py --accum 8
-Eight GPUs, the paper's 80K steps:    torchrun --standalone --nproc_per_node 8 train_dit.py
+One GPU of 80 GB:                     python train_dit.py --accum 16
+Eight, the paper's 80K steps:         torchrun --standalone --nproc_per_node 8 train_dit.py --accum 2
 Text to image, tiny:                  python train_dit.py --preset tiny --captions --out runs/t2i
 With FLUX's text encoders:            torchrun ... train_dit.py --captions --data SHARDS
                                           --clip-text DIR --t5 DIR

@@ -23,6 +23,7 @@ Choices where the paper is silent: README, "Choices".
 Legend: B batch, H W image sides, N tokens, D width, d latent channels, h w latent sides.
 """
 import copy
+import gc
 import math
 import operator
 import time
@@ -714,6 +715,7 @@ def main(argv=None):
             later = sum(args.steps_of[k] * COSTS.get(k, 1) for k in args.now[i + 1:])
             run.later = later / COSTS.get(stage, 1)
             train_stage(stage, of_stage(args, stage), run, data, held_out, lpips, device)
+            gc.collect()  # compiled networks are cycles: their memory is the next stage's
     print_0(f"done in {(time.time() - began) / 60:.1f} min; story.png, grids and log.csv in {args.out}")
 
 
