@@ -881,23 +881,32 @@ def plain_mmdit(w, z, t, text, pooled, heads, axes):
 
 def test_mmdit_against_numpy():
     """FLUX's transformer: positions on three axes, order of the modulation, attention over text and
-    image, in this order; at a grid that is no square, for two images."""
+    image, in this order; at a grid that is no square, for two images; and for tokens, queries and
+    keys so small that the norms' 1e-6 matters."""
     net = random_weights(MMDiT(**SMALL_MMDIT))
-    w = {k: v.double().numpy() for k, v in net.state_dict().items()}
     z, t = torch.randn(2, 3, 4, 6), torch.tensor([0.3, 1.0])
     y = torch.randn(2, 4, 5), torch.randn(2, 7)
     rows = torch.cat([y[0].flatten(1), y[1]], dim=1)
-    with torch.no_grad():
-        found = net(z, t, rows)
-    for i in range(2):
-        v = plain_mmdit(w, *(x[i].double().numpy() for x in (z, t, *y)), heads=2, axes=(4, 6, 6))
-        assert np.abs(found[i].numpy() - v).max() < 1e-4 * np.abs(v).max()
+    double, tokens = net.double_blocks[0], [*net.img_in.parameters(), *net.txt_in.parameters()]
+    joint = double.img_attn.qkv, double.txt_attn.qkv, net.single_blocks[0].linear1
+    queries_and_keys = [p[:64] for linear in joint for p in linear.parameters()]
+    for small in ((), queries_and_keys, tokens):
+        with torch.no_grad():
+            for part in small:
+                part *= 1e-3
+            found = net(z, t, rows)
+        w = {k: v.double().numpy() for k, v in net.state_dict().items()}
+        for i in range(2):
+            v = plain_mmdit(w, *(x[i].double().numpy() for x in (z, t, *y)), heads=2,
+                            axes=(4, 6, 6))
+            assert np.abs(found[i].numpy() - v).max() < 1e-4 * np.abs(v).max()
     assert "latents of 3 channels" in error_of(net, z[:, :2], t, rows, kind=ValueError)
     assert "heads of 15" in error_of(MMDiT, 30, 1, 1, (4, 6, 5), kind=ValueError)
 
 
 def test_mmdit_sizes():
-    """FLUX.1's own size without guidance; the sizes of the table; zero at the start; the shift."""
+    """FLUX.1's own size without guidance; the sizes of the table; at the start the output is zero,
+    and the blocks are the identity; the shift."""
     with torch.device("meta"):
         flux = MMDiT(3072, 19, 38, d=16, patch=2)
         sizes = {name: parameters(MMDiT(**arguments)) for name, arguments in MMDITS.items()}
@@ -905,6 +914,10 @@ def test_mmdit_sizes():
     assert sizes == {"tiny": 6_031_392, "B": 162_224_160, "L": 662_411_296, "2B": 1_971_940_384}
     net = MMDiT(**SMALL_MMDIT)
     assert not net(torch.randn(2, 3, 4, 4), torch.rand(2), torch.randn(2, 4 * 5 + 7)).any()
+    img, txt, c = torch.randn(1, 4, 32), torch.randn(1, 2, 32), torch.randn(1, 32)
+    turns = mmdit.rope_tables(mmdit.positions(2, 2, 2), SMALL_MMDIT["axes"])
+    assert same(net.double_blocks[0](img, txt, c, *turns), (img, txt)) is None
+    assert torch.equal(net.single_blocks[0](img, c, *(table[2:] for table in turns)), img)
     close(mmdit.time_shift(256), math.exp(0.5))
     close(mmdit.time_shift(4096), math.exp(1.15))
 
@@ -2294,6 +2307,9 @@ def test_words():
         encoder(["red on blue"])
     assert encoder(["red " * 11])[0, -3:].tolist() == [10, 0, 0]
     assert encoder.cut(["red " * n for n in (9, 10, 11, 12)]) == {10: 2}
+    rows = captions.Rows(encoder, ["red"] * 39 + ["star"])
+    assert len(rows) == 41
+    assert np.array_equal(rows[np.array([39, -1, 0, 39])], encoder(["star", "", "red", "star"]))
     with folder() as d:
         (d / "p.txt").write_text("a red kite\nA kite on blue\n", "utf-8-sig")
         args = SimpleNamespace(clip_text=None, t5=None, words=d / "p.txt", text_length=None)
@@ -3972,9 +3988,13 @@ def test_train_from_captions():
         shards = [*ours, write_shards(d / "shards")]
         for steps in (1, 2):
             execute(train_dit, *shards, "--out", d / "a", "--steps", steps, "--workers", 2 - steps)
-        with recorded(losses, "logit_normal") as times:
+        with recorded(losses, "logit_normal") as times, recorded(train_dit, "generate") as drawn:
             execute(train_dit, *shards, "--out", d / "b", "--steps", 2)
         assert [shift for (_, shift), _ in times] == [mmdit.time_shift(4)] * 2
+        ((ema, *_, schedule), _), = drawn
+        assert schedule == sample.time_grid(20, mmdit.time_shift(4))
+        saved = load_file(d / "b" / "dit_step00000002.pt")
+        assert same(ema.state_dict(), saved["ema"]) is None and same(ema.state_dict(), saved["model"])
         assert same(*(load_file(d / k / "dit_step00000002.pt") for k in "ab")) is None
         assert (d / "a" / "log.csv").read_bytes() == (d / "b" / "log.csv").read_bytes()
         written, encoder = Shapes(n=24).captions, captions.Words(toy.VOCABULARY)
@@ -3983,6 +4003,12 @@ def test_train_from_captions():
         with refused("text.npy", "text encoder words ->"), patch.object(
                 captions.Words, "identity", "another"):
             execute(train_dit, *shards, "--out", d / "a", "--steps", 2)
+        with patch.object(Shapes, "captions", [*written[:-1], "a red star on blue"]):
+            changed = [*ours, write_shards(d / "changed"), "--out", d / "a", "--steps", 2]
+        with refused("text.npy", "captions"):
+            execute(train_dit, *changed)
+        with refused("dit_step00000002.pt", "captions"):
+            execute(train_dit, *changed, "--text-cache", d / "other.npy")
         with patch.object(toy, "open_shapes", lambda *_: (Shapes(n=24, size=32), None)):
             execute(train_dit, *ours, "shapes", "--out", d / "shapes", "--steps", 1)
         assert np.array_equal(text, np.load(d / "shapes" / "text.npy"))
@@ -4014,6 +4040,9 @@ def test_train_from_captions():
         with np.load(d / "a.npz") as a, np.load(d / "b.npz") as b:
             assert np.abs(a["arr_0"].astype(int) - b["arr_0"][:3]).max() <= 1
         assert Image.open(d / "grid.png").size[0] == 3 * 128
+        with refused("a.npz", "prompts 2, "):
+            execute(sample, *ours[:-1], "a red ring on blue", "-n", 3, "--out", d / "a.npz",
+                    "--batch-size", 3)
         (d / "prompts.txt").write_text("\n")
         tokenizer, classes = small_tokenizer(), small_dit(depth=1, d=8)
         other = save_dit(classes, d / "classes.pt", tokenizer)
@@ -4040,6 +4069,43 @@ def test_train_from_captions():
                              ("--qk-norm exclude",): ["--captions", "--qk-norm"]}.items():
             with refused(*words):
                 train_dit.parse(flags)
+
+
+def test_flux_vae_from_text():
+    """The schedule of t goes by the number of tokens, two by two of FLUX's latents each, in
+    training and for pictures; as many of these as prompts."""
+    with folder() as d, patch.dict(MMDITS, mini={"dim": 32, "depth": 1, "depth_single": 1,
+                                                 "axes": [4, 6, 6]}):
+        save_checkpoint(d / "ae.pt", small_flux()[1])
+        tokenizer, prompts = ["--tokenizer", d / "ae.pt"], Shapes(n=33).captions
+        with recorded(losses, "logit_normal") as times:
+            execute(train_dit, *mini_dit(d)[:-4], *tokenizer, "--captions", "--data",
+                    write_shards(d / "shards"), "--out", d / "t2i", "--steps", 1)
+        assert [shift for (_, shift), _ in times] == [mmdit.time_shift(4)]
+        (d / "prompts.txt").write_text("\n".join(prompts))
+        with recorded(sample, "time_grid") as grids:
+            execute(sample, "--preset", "tiny", *tokenizer, "--dit", sample.last_dit(d / "t2i"),
+                    "--prompts", d / "prompts.txt", "--steps", 1, "--out", d / "s.npz")
+        assert [shift for (_, shift), _ in grids] == [mmdit.time_shift(4)]
+        with np.load(d / "s.npz") as f:
+            assert f["arr_0"].shape == (33, 32, 32, 3)
+
+
+def test_captioned_grid():
+    """Each image has its own prompt under it, whole or with dots; the lines of the next row's
+    images begin below it."""
+    with folder() as d:
+        prompts = [".", "Wg " * 99, "W"]
+        captions.save_captioned_grid(torch.zeros(5, 3, 16, 16), prompts, d / "grid.png", width=2)
+        grid = np.asarray(Image.open(d / "grid.png").convert("L"))
+        step = len(grid) // 3
+        assert grid.shape == (3 * step, 256) and step > 128
+        below = [grid[i // 2 * step:][128:step, i % 2 * 128:][:, :128] for i in range(5)]
+        ink = [(cell < 99).sum() for cell in below]
+        assert 0 < ink[0] == ink[3] < ink[2] < ink[1] == ink[4], ink
+        assert all((cell[-1] == 255).all() for cell in below)  # no letter is cut
+        blank = (below[1] == 255).all(axis=1)
+        assert (blank[:-1] & ~blank[1:]).sum() == 4, "lines"
 
 
 def test_guidance_from_text():
