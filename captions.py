@@ -329,10 +329,11 @@ class ClipT5:
         for folder, model in zip((clip, t5), models):
             folder = words = Path(os.path.abspath(folder))
             if not (folder / "tokenizer_config.json").exists():
-                words = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
-            with reading(folder / "config.json", model.__name__):
+                words = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+            with reading(words / "tokenizer_config.json", "tokenizer"):
                 self.tokenizers.append(transformers.AutoTokenizer.from_pretrained(
                     words, local_files_only=True))
+            with reading(folder / "config.json", model.__name__):
                 widths.append(model.config_class.from_pretrained(
                     folder, local_files_only=True).hidden_size)
             self.sources.append((folder, model))

@@ -2313,6 +2313,7 @@ def test_words():
     with folder() as d:
         (d / "p.txt").write_text("a red kite\nA kite on blue\n", "utf-8-sig")
         args = SimpleNamespace(clip_text=None, t5=None, words=d / "p.txt", text_length=None)
+        assert captions.read_prompts(d / "p.txt") == ["a red kite", "A kite on blue"]
         other = sample.open_text_encoder(args, "cpu")
         assert [*other.number] == ["a", "blue", "kite", "on", "red"]
         (d / "p.txt").write_text("a red kite\n")
@@ -2328,7 +2329,7 @@ def test_words():
         args.text_length = 9
         with refused("--text-length is T5's"):
             sample.open_text_encoder(args, "cpu")
-    for flag in ("clip-text", "t5", "words", "text-length"):
+    for flag in ("clip-text", "t5", "words", "text-length", "text-cache"):
         with refused(f"--{flag} goes with --captions"):
             train_dit.parse([f"--{flag}", "9"])
 
@@ -2341,7 +2342,6 @@ class FakeTransformers:
     class AutoTokenizer:
         @classmethod
         def from_pretrained(cls, folder, **_):
-            (folder / "tokenizer_config.json").read_bytes()
             return lambda prompts, max_length=None, **_: {"input_ids": (
                 torch.tensor([([ord(c) for c in p] + [0] * max_length)[:max_length]
                               for p in prompts]) if max_length else list(prompts))}
@@ -2408,11 +2408,13 @@ def test_clip_and_t5():
             captions.cached_text(d / "text.npy", again, texts, 2, False)
         with refused("--clip-text and --t5 go together"):
             captions.ClipT5(clip, None, 4, CPU)
-        with refused("T5EncoderModel not found", "nowhere"):
+        with refused("tokenizer not found", "nowhere"):
             captions.ClipT5(clip, d / "nowhere", 4, CPU)
+        with refused("T5EncoderModel not found", "tokenizer_2"):
+            captions.ClipT5(clip, d / "tokenizer_2", 4, CPU)
         with patch.object(FakeTransformers.AutoTokenizer, "from_pretrained",
                           side_effect=OSError("no tokenizer\nthat is known")), refused(
-                              "unreadable CLIPTextModel", "no tokenizer"):
+                              "unreadable tokenizer", "no tokenizer"):
             captions.ClipT5(clip, t5, 4, CPU)
         with patch.dict(sys.modules, transformers=None), refused("pip install transformers"):
             captions.ClipT5(clip, t5, 4, CPU)
