@@ -4428,7 +4428,7 @@ def test_labels():
     for spec in ("3", "0,-1", "dog"):
         with refused("--labels", spec, "0 to 2"):
             sample.choose_labels(spec, 3, 5, 0)
-    assert "unconditional" in error_of(sample.choose_labels, "1", 0, 5, 0)
+    assert "has no classes" in error_of(sample.choose_labels, "1", 0, 5, 0)
 
 
 def test_sample_grid():
