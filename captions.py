@@ -4,11 +4,12 @@
     shards     *.tar as img2dataset writes them: KEY.jpg, KEY.txt, KEY.json
 
 A text encoder makes of a prompt one row of numbers: L text tokens of width T, one after the other,
-then the pooled text.
+then the pooled text. Text files are UTF-8, with or without a byte order mark.
 
 Legend: n prompts, L text tokens, T their width, P width of the pooled text.
 """
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import re
 import tarfile
 import textwrap
 from array import array
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +26,25 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import IMAGE_TYPES, ImageFolder, on_rank_0, open_image, shown, to_rgb, to_uint8
+from data import (
+    IMAGE_TYPES,
+    ImageFolder,
+    list_images,
+    on_rank_0,
+    open_image,
+    shown,
+    to_rgb,
+    to_uint8,
+)
 from files import (
     BatchedArray,
     SystemFailure,
     UserError,
     gather,
     print_0,
+    rank_and_world,
     reading,
+    sha256,
     write_atomically,
 )
 
@@ -73,17 +86,20 @@ class CaptionFolder(ImageFolder):
 
     def __init__(self, root):
         super().__init__(root, classes=())
-        images = [Path(self.path(i)) for i in range(len(self))]
-        texts = [path.with_suffix(".txt") for path in images]
-        found = {path for path in Path(root).rglob("*.txt") if not path.name.startswith(".")}
-        lacking = [p.name for p, text in zip(images, texts) if text not in found]
-        alone = sorted(text.name for text in found.difference(texts))
+        self.ignored.pop("of .txt", None)
+        parts, _ = list_images(root, {".txt"}, "captions")
+        texts = os.fsdecode(b"".join(names for _, names in parts)).split("\0")[:-1]
+        images = [os.fsdecode(self.name(i)) for i in range(len(self))]
+        by_stem = {os.path.splitext(text)[0]: text for text in texts}
+        beside = [by_stem.get(os.path.splitext(image)[0]) for image in images]
+        lacking = [image for image, text in zip(images, beside) if not text]
+        alone = sorted(set(texts).difference(beside))
         for names, fault in ((lacking, "images without a caption (NAME.txt beside NAME.jpg)"),
                              (alone, "captions without an image")):
             if names:
                 raise UserError(f"{root} holds {len(names)} {fault}: {shown(names)}")
-        self.captions = Strings(map(read_caption, texts))
-        if empty := [text.name for text, c in zip(texts, self.captions) if not c]:
+        self.captions = Strings(read_text(f"{root}/{text}", "caption") for text in beside)
+        if empty := [text for text, caption in zip(beside, self.captions) if not caption]:
             raise UserError(f"{root} holds {len(empty)} empty captions: {shown(empty)}")
 
     def subset(self, chosen):
@@ -92,22 +108,22 @@ class CaptionFolder(ImageFolder):
         return part
 
 
-def read_caption(path):
-    with reading(path, "caption"):
-        return path.read_text("utf-8").strip()
+def read_text(path, kind):
+    with reading(path, kind):
+        return Path(path).read_text("utf-8-sig").strip()
 
 
 class CaptionShards:
     """The samples in the *.tar of a folder, in order. A sample whose image cannot be read, or that
     lacks image or caption, is left out; their number and names are told.
 
-    Each shard is read through once, by one of all ranks' workers; what was found is kept in
-    `index`, a folder. Errors: UserError, as where a shard is cut off."""
+    The shards are dealt out to the ranks and their loaders' workers. Each is read through once;
+    what was found is kept in `index`, a folder. Errors: UserError, as where a shard is cut off."""
     labels, classes = None, []
 
     def __init__(self, root, index, workers=0):
         shards = sorted(Path(root).glob("*.tar"))
-        index, rank, world = Path(index), *_rank()
+        index, (rank, world) = Path(index), rank_and_world()
         index.mkdir(parents=True, exist_ok=True)
         todo = [(path, index / f"{path.stem}.json") for path in shards]
         loader = DataLoader(_Indexer(todo[rank::world]), batch_size=None, num_workers=workers,
@@ -115,7 +131,7 @@ class CaptionShards:
         errors = [e for e in tqdm(loader, "reading shards", disable=rank != 0, mininterval=1) if e]
         if errors := [e for part in gather(errors) for e in part]:
             raise UserError(f"{len(errors)} of {len(shards)} shards cannot be used: {errors[0]}")
-        self.shards, self.names, self.captions = shards, Strings(), Strings()
+        self.root, self.shards, self.names, self.captions = root, shards, Strings(), Strings()
         places, broken = array("q"), []
         for shard, (path, kept) in enumerate(todo):
             content = json.loads(kept.read_text())
@@ -133,6 +149,11 @@ class CaptionShards:
 
     def __len__(self):
         return len(self.names)
+
+    def __str__(self):
+        others = sum(path.suffix != ".tar" for path in Path(self.root).iterdir())
+        return (f"{self.root}: {len(self.shards):,} shards, {len(self):,} images"
+                + (f"; ignored: {others} other files or folders" if others else ""))
 
     def image(self, i):
         shard, offset, size = self.places[i].tolist()
@@ -159,12 +180,6 @@ class CaptionShards:
         return part
 
 
-def _rank():
-    distributed = torch.distributed.is_initialized()
-    return ((torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed
-            else (0, 1))
-
-
 def decode(content, name, shard):
     """The bytes of an image in a shard -> PIL RGB. Errors: UserError."""
     with open_image(shard, f"image {name} in", content) as img:
@@ -173,7 +188,7 @@ def decode(content, name, shard):
 
 class _Indexer:
     """What a loader reads: item i reads shard i through, and returns the text of its error, or
-    "". What is kept of a shard that has changed since is made anew."""
+    "". What is kept of a shard is made anew where the shard has changed since, or it is damaged."""
 
     def __init__(self, todo):
         self.todo = todo
@@ -184,13 +199,17 @@ class _Indexer:
     def __getitem__(self, i):
         path, kept = self.todo[i]
         try:
-            now = {"size": path.stat().st_size, "time": path.stat().st_mtime_ns}
-            then = json.loads(kept.read_text()) if kept.exists() else {}
-            if then.items() >= now.items():
-                return ""
-            content = now | read_shard(path)
+            with reading(path, "shard"):
+                now = path.stat()
+            try:
+                then = json.loads(kept.read_bytes())
+                if (then["size"], then["time"]) == (now.st_size, now.st_mtime_ns):
+                    return ""
+            except (OSError, ValueError, TypeError, KeyError):
+                pass
+            content = {"size": now.st_size, "time": now.st_mtime_ns} | read_shard(path)
             write_atomically(kept, lambda f: f.write(json.dumps(content).encode()))
-        except (UserError, ValueError) as e:
+        except UserError as e:
             return str(e)
         return ""
 
@@ -199,15 +218,19 @@ def read_shard(path):
     """{"samples": [image's name, offset, bytes, caption] each, "broken": names} of a tar."""
     found = {}  # key -> suffix -> (name, offset, bytes)
     with reading(path, "shard"), open(path, "rb") as f:
-        f.seek(-min(1024, path.stat().st_size), 2)
-        if f.read() != bytes(1024):  # a tar ends in 1024 zeros
-            raise UserError(f"{path} is cut off: fetch it again, or take it away")
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 key, dot, suffix = member.name.rpartition(".")
                 if member.isfile() and dot:
                     found.setdefault(key, {})[suffix.lower()] = (
                         member.name, member.offset_data, member.size)
+        # tarfile takes a damaged header for the end, and zeros, as in a download's missing part.
+        # At the true end are some blocks of 512 zeros, up to 10 KiB by default.
+        f.seek(tar.offset)
+        end = f.read(2 ** 16 + 1)
+        if not 512 <= len(end) <= 2 ** 16 or end.strip(b"\0"):
+            raise UserError(f"{path} is damaged at byte {tar.offset}, or cut off there: fetch it "
+                            "again, or take it away")
         samples, broken = [], []
         for key, parts in found.items():
             images = [part for suffix, part in parts.items() if f".{suffix}" in IMAGE_TYPES]
@@ -216,7 +239,7 @@ def read_shard(path):
                 if "txt" in parts:
                     _, offset, size = parts["txt"]
                     f.seek(offset)
-                    caption = f.read(size).decode("utf-8").strip()
+                    caption = f.read(size).decode("utf-8-sig").strip()
                 name, offset, size = images[0]
                 f.seek(offset)
                 decode(f.read(size), name, path)
@@ -236,8 +259,11 @@ def open_captions(root, index, workers):
     if not Path(root).is_dir():
         raise UserError(f"data folder not found: {root} (--captions: image + .txt, or *.tar)")
     if any(Path(root).glob("*.tar")):
-        return CaptionShards(root, index, workers)
-    return on_rank_0(CaptionFolder, root)
+        data = CaptionShards(root, index, workers)
+    else:
+        data = on_rank_0(CaptionFolder, root)
+    print_0(data)
+    return data
 
 
 # ---- text encoders
@@ -255,20 +281,26 @@ class Words:
         self.number = {word: i for i, word in enumerate(vocabulary)}
         self.T, self.P = len(self.number) + self.L, len(self.number)
 
+    def known(self, prompt):
+        """The words of a prompt. Errors: UserError for one that is not in the vocabulary."""
+        words = words_of(prompt)
+        if unknown := [word for word in words if word not in self.number]:
+            raise UserError(f"the built-in text encoder does not know {shown(unknown)}; its "
+                            f"words: {' '.join(self.number)} (or give --words, or --clip-text and "
+                            "--t5)")
+        return words
+
+    def cut(self, prompts):
+        """{number of tokens: how many prompts are longer, and lose what is beyond}."""
+        return Counter(self.L for prompt in prompts if len(self.known(prompt)) > self.L)
+
     def __call__(self, prompts):
         """n prompts -> rows (n, L*T + P) float32."""
         text = np.zeros((len(prompts), self.L, self.T), np.float32)
         text[:, range(self.L), range(self.P, self.T)] = 1
         pooled = np.zeros((len(prompts), self.P), np.float32)
         for i, prompt in enumerate(prompts):
-            words = words_of(prompt)
-            if unknown := [word for word in words if word not in self.number]:
-                raise UserError(f"the built-in text encoder does not know {shown(unknown)}; its "
-                                f"words: {' '.join(self.number)} (or give --words, or --clip-text "
-                                "and --t5)")
-            if len(words) > self.L:
-                warn_of_length(1, prompt, self.L)
-            for place, word in enumerate(words[:self.L]):
+            for place, word in enumerate(self.known(prompt)[:self.L]):
                 text[i, place, self.number[word]] = 1
                 pooled[i, self.number[word]] += 1
         return np.concatenate([text.reshape(len(prompts), -1), pooled], axis=1)
@@ -276,7 +308,10 @@ class Words:
 
 class ClipT5:
     """FLUX's two text encoders through the package transformers, from local folders: T5's tokens,
-    padded to L, without a mask; CLIP's pooled text, before its projection. In fp32."""
+    padded to L, without a mask; CLIP's pooled text, before its projection. In fp32.
+
+    A folder named text_encoder may have its tokenizer in `tokenizer` beside it, as in FLUX's
+    release. The networks are loaded when they are first used: a complete cache needs none."""
 
     def __init__(self, clip, t5, length, device):
         try:
@@ -285,39 +320,53 @@ class ClipT5:
             raise UserError("--clip-text and --t5 take the package transformers: pip install "
                             "transformers") from None
         transformers.logging.set_verbosity_error()
-        self.parts, self.L, self.device = [], length, device
-        for flag, folder, model in (("--clip-text", clip, transformers.CLIPTextModel),
-                                    ("--t5", t5, transformers.T5EncoderModel)):
-            if not Path(folder or "").is_dir() or not folder:
-                raise UserError(f"{flag} {folder}: give a folder of transformers' layout "
-                                "(config.json, weights, tokenizer)")
-            try:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    folder, local_files_only=True)
+        if not clip or not t5:
+            raise UserError("--clip-text and --t5 go together: two folders of transformers' layout "
+                            "(config.json, weights, tokenizer)")
+        self.L, self.device, self.tokenizers, self.sources = length, device, [], []
+        files, widths = [], []
+        models = transformers.CLIPTextModel, transformers.T5EncoderModel
+        for folder, model in zip((clip, t5), models):
+            folder = words = Path(os.path.abspath(folder))
+            if not (folder / "tokenizer_config.json").exists():
+                words = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+            with reading(words / "tokenizer_config.json", "tokenizer"):
+                self.tokenizers.append(transformers.AutoTokenizer.from_pretrained(
+                    words, local_files_only=True))
+            with reading(folder / "config.json", model.__name__):
+                widths.append(model.config_class.from_pretrained(
+                    folder, local_files_only=True).hidden_size)
+            self.sources.append((folder, model))
+            weights = set(folder.glob("*.safetensors")) or set(folder.glob("*.bin"))
+            texts = {path for path in words.iterdir() if path.suffix in (".json", ".txt", ".model")}
+            files += sorted({folder / "config.json"} | texts | weights, key=lambda path: path.name)
+        self.P, self.T = widths
+        self.identity = on_rank_0(lambda: digest([str(length), *map(sha256, files)]))
+
+    @functools.cached_property
+    def networks(self):
+        found = []
+        for folder, model in self.sources:
+            with reading(folder / "config.json", model.__name__):
                 network, report = model.from_pretrained(
                     folder, local_files_only=True, output_loading_info=True)
-            except Exception as e:  # the package may raise anything
-                raise UserError(f"{flag} {folder} is no {model.__name__} of the package "
-                                f"transformers: {str(e).splitlines()[0][:200]}") from e
             if report["missing_keys"]:
-                raise UserError(f"{flag} {folder} is no {model.__name__}: it lacks "
+                raise UserError(f"{folder} is no {model.__name__}: it lacks "
                                 f"{shown(sorted(report['missing_keys']))}")
-            self.parts.append((tokenizer, network.float().requires_grad_(False).eval().to(device)))
-        self.P, self.T = (network.config.hidden_size for _, network in self.parts)
-        state = hashlib.sha256(str(length).encode())
-        for _, network in self.parts:
-            for name, tensor in sorted(network.state_dict().items()):
-                state.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-        self.identity = state.hexdigest()[:16]
+            found.append(network.float().requires_grad_(False).eval().to(self.device))
+        return found
+
+    def cut(self, prompts):
+        """{number of tokens: how many prompts are longer, and lose what is beyond}."""
+        return Counter(
+            length for tokenizer, length in zip(self.tokenizers, (77, self.L))
+            for prompt in prompts if len(tokenizer(prompt)["input_ids"]) > length)
 
     @torch.no_grad()
     def __call__(self, prompts):
         """n prompts -> rows (n, L*T + P) float32."""
         outputs = []
-        for (tokenizer, network), length in zip(self.parts, (77, self.L)):
-            long = [p for p in prompts if len(tokenizer(p)["input_ids"]) > length]
-            if long:
-                warn_of_length(len(long), long[0], length)
+        for tokenizer, network, length in zip(self.tokenizers, self.networks, (77, self.L)):
             ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
                             return_tensors="pt")["input_ids"]
             outputs.append(network(input_ids=ids.to(self.device)))
@@ -325,9 +374,26 @@ class ClipT5:
         return torch.cat([text.flatten(1), pooled], dim=1).float().cpu().numpy()
 
 
-def warn_of_length(number, prompt, length):
-    print_0(f"WARNING: {number} prompts are longer than the text encoder's {length} tokens, and "
-            f"cut: {prompt[:60]!r} ...")
+def warn_of_cut(cut):
+    """cut: see Words.cut."""
+    for length, number in cut.items():
+        print_0(f"WARNING: {number} prompts are longer than the text encoder's {length} tokens, "
+                "and cut")
+
+
+class Rows:
+    """The rows of prompts, and of the empty one as the last, each encoded when it is asked for:
+    with T5-XXL a row is 4 MiB."""
+
+    def __init__(self, encoder, prompts):
+        self.encoder, self.prompts = encoder, [*prompts, ""]
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, indices):
+        distinct, which = np.unique(indices, return_inverse=True)
+        return self.encoder([self.prompts[i] for i in distinct])[which]
 
 
 def cached_text(path, encoder, captions, batch_size, overwrite):
@@ -340,45 +406,47 @@ def cached_text(path, encoder, captions, batch_size, overwrite):
     if not rows.complete:
         print_0(f"encoding {n} captions into {path} ({(n + 1) * shape[0] * 2 / 2 ** 30:.2f} GiB)")
         bar = tqdm(rows.missing(batch_size), "encoding", disable=rows.rank != 0, mininterval=1)
+        cut = Counter()
         with rows.lock:
             for batch in bar:
-                written = [captions[i] if i < n else "" for i in batch]
-                part = encoder(written).astype(np.float16)
+                texts = [captions[i] if i < n else "" for i in batch]
+                cut += encoder.cut(texts)
+                part = encoder(texts).astype(np.float16)
                 if not np.isfinite(part).all():
                     raise UserError(
                         f"a caption of {batch[0]} to {batch[-1]} is not finite in fp16")
                 rows.write(batch, part)
             rows.finish()
-    with reading(path, "cache of captions (delete it to make it anew)"):
-        rows = np.load(path, mmap_mode="r")
-        if (rows.shape, rows.dtype) != ((n + 1, *shape), np.float16):
-            raise ValueError(f"it holds {rows.dtype} {rows.shape}")
-    return rows
+        warn_of_cut(sum(gather(cut), Counter()))
+    return rows.mapped("cache of captions")
 
 
 # ---- prompts to draw
 
 def read_prompts(file):
     """The lines of a file that are not empty."""
-    with reading(file, "file of prompts"):
-        prompts = [line.strip() for line in Path(file).read_text("utf-8").splitlines()]
+    prompts = [line.strip() for line in read_text(file, "file of prompts").splitlines()]
     if not any(prompts):
         raise UserError(f"{file} holds no prompt (one a line)")
     return [prompt for prompt in prompts if prompt]
 
 
 def save_captioned_grid(images, prompts, path, width=8):
-    """Images (n, 3, H, W) in [-1, 1] as one PNG, image i over prompt i mod k."""
+    """Images (n, 3, H, W) in [-1, 1] as one PNG, image i over prompt i mod k, at most four lines
+    of it."""
     pixels = to_uint8(images)
     cell = max(128, pixels.shape[2])
-    lines = [textwrap.wrap(prompt, cell // 7)[:4] for prompt in prompts[:len(pixels)]]
+    texts = ["\n".join(textwrap.wrap(prompt, cell // 7, max_lines=4, placeholder=" ..."))
+             for prompt in prompts[:len(pixels)]]
     height = round(cell * pixels.shape[1] / pixels.shape[2])
-    step, width = height + 12 * max(map(len, lines)) + 6, min(width, len(pixels))
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    below = max(pen.multiline_textbbox((0, 0), text)[3] for text in texts)
+    step, width = height + int(below) + 6, min(width, len(pixels))
     picture = Image.new("RGB", (width * cell, -(-len(pixels) // width) * step), "white")
+    pen = ImageDraw.Draw(picture)
     for i, image in enumerate(pixels):
         x, y = i % width * cell, i // width * step
         scaled = Image.fromarray(image).resize((cell, height), Image.BICUBIC)
         picture.paste(scaled, (x, y))
-        ImageDraw.Draw(picture).text((x + 2, y + height + 2), "\n".join(lines[i % len(lines)]),
-                                     fill="black")
+        pen.text((x + 2, y + height + 2), texts[i % len(texts)], fill="black")
     write_atomically(path, lambda f: picture.save(f, "PNG"))

@@ -240,8 +240,9 @@ SYSTEM_FOLDERS = {"@eadir", "lost+found", "system volume information", "$recycle
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"}
 
 
-def list_images(root):
-    """The image files below a folder, sorted by path, and what else is there.
+def list_images(root, types=IMAGE_TYPES, kind="images"):
+    """The image files below a folder, sorted by path, and what else is there. types: or the files
+    of other suffixes; kind is what they are.
 
     (parts, ignored). A part is (a folder directly in root, or "" for files in root itself; their
     paths from root, each with a zero byte behind it). ignored: counts of other files by suffix, of
@@ -256,7 +257,7 @@ def list_images(root):
                 name = entry.name
                 hidden, suffix = name.startswith("."), name[name.rfind("."):].lower()
                 # no link to a file is followed: that would take a stat each
-                if suffix in IMAGE_TYPES and not hidden and not entry.is_dir(follow_symlinks=False):
+                if suffix in types and not hidden and not entry.is_dir(follow_symlinks=False):
                     names.append(name)
                 elif not entry.is_dir():
                     ignored["hidden" if hidden else f"of {suffix}" if "." in name
@@ -286,7 +287,7 @@ def list_images(root):
     except OSError as e:
         raise SystemFailure(f"cannot list the data folder {e.filename}: {e.strerror}") from None
     if not any(names for _, names in parts):
-        raise UserError(f"no images in {root} (looked for {' '.join(sorted(IMAGE_TYPES))})")
+        raise UserError(f"no {kind} in {root} (looked for {' '.join(sorted(types))})")
     return parts, ignored
 
 

@@ -85,6 +85,11 @@ def warn(text):
             print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
+def rank_and_world():
+    """This rank, and the number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def gather(value):
     """The list of all ranks' values."""
     if not dist.is_initialized():
@@ -337,8 +342,7 @@ class BatchedArray:
     def __init__(self, path, n, shape, dtype, recipe, overwrite=False):
         self.path, self.n, self.shape, self.dtype = Path(path), n, tuple(shape), np.dtype(dtype)
         self.parts = Path(f"{path}.parts")
-        distributed = dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.rank, self.world = rank_and_world()
         self.lock = contextlib.ExitStack()
         if self.rank == 0:
             try:
@@ -394,6 +398,17 @@ class BatchedArray:
         if self.rank == 0:
             write_atomically(self.path, self._pack)
         self._close()
+
+    def mapped(self, kind):
+        """The complete array, a read-only memory map. Errors: UserError."""
+        # no checksum: reading ImageNet's 39 GiB takes minutes, and a flipped bit is one value
+        with reading(self.path, f"{kind} (delete it to make it anew)"):
+            array = np.load(self.path, mmap_mode="r")
+            if (array.shape, array.dtype) != ((self.n, *self.shape), self.dtype):
+                raise ValueError(f"it holds {array.dtype} {array.shape}")
+            if self.path.stat().st_size != array.offset + array.nbytes:
+                raise ValueError("bytes follow its end")
+        return array
 
     def _pack(self, f):
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False,

@@ -50,7 +50,8 @@ def time_embedding(t):
 
 def time_shift(tokens):
     """FLUX's a in t' = a t / (1 + (a - 1) t), for N image tokens: more noise the more tokens there
-    are, because neighbours tell of each other. ln a is linear: .5 at 256 tokens, 1.15 at 4096."""
+    are, as neighbouring tokens are alike: the same noise hides less of a finer picture. ln a is
+    linear: .5 at 256 tokens, 1.15 at 4096."""
     return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
@@ -142,19 +143,19 @@ class DoubleBlock(nn.Module):
         parts, qkv = [], []
         for x, mod, attn in ((txt, self.txt_mod, self.txt_attn),
                              (img, self.img_mod, self.img_attn)):
-            shift, scale, *rest = mod(c)
+            shift, scale, *later = mod(c)
             qkv.append(attn.norm(attn.qkv(modulate(layer_norm(x), shift, scale))))
-            parts.append(rest)
+            parts.append(later)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(*qkv))  # (B, heads, S, head), text first
         joint = rotary_attention(q, k, v, cos, sin)  # (B, S, D)
         y_txt, y_img = joint.split([txt.shape[1], img.shape[1]], dim=1)
-        txt = self.rest(txt, self.txt_attn.proj(y_txt), self.txt_mlp, *parts[0])
-        img = self.rest(img, self.img_attn.proj(y_img), self.img_mlp, *parts[1])
+        txt = self.after_attention(txt, self.txt_attn.proj(y_txt), self.txt_mlp, *parts[0])
+        img = self.after_attention(img, self.img_attn.proj(y_img), self.img_mlp, *parts[1])
         return img, txt
 
     @staticmethod
-    def rest(x, y, mlp, gate, mlp_shift, mlp_scale, mlp_gate):
-        """A stream after the attention, whose output is y."""
+    def after_attention(x, y, mlp, gate, mlp_shift, mlp_scale, mlp_gate):
+        """The rest of a stream's block. y: the attention's output, (B, N, D) or (B, L, D)."""
         x = x + gate[:, None] * y
         return x + mlp_gate[:, None] * mlp(modulate(layer_norm(x), mlp_shift, mlp_scale))
 

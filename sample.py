@@ -1,4 +1,4 @@
-"""Draws images from a trained LightningDiT: noise at t = 1, its velocity down to t = 0, decoded.
+"""Draws images from a trained generator: noise at t = 1, its velocity down to t = 0, decoded.
 
     dz/dt = v(z, t),  t: 1 -> 0 in N intervals, by Euler (N evaluations) or Heun (2N)
     guidance:  v = v_null + cfg (v_class - v_null)  for lo <= t <= hi, elsewhere v_class alone
@@ -21,6 +21,7 @@ Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 import contextlib
 import difflib
 import itertools
+import math
 from functools import partial
 from pathlib import Path
 
@@ -35,10 +36,12 @@ import toy
 from baselines import VAE, FluxVAE
 from captions import (
     ClipT5,
+    Rows,
     Words,
     digest,
     read_prompts,
     save_captioned_grid,
+    warn_of_cut,
     words_of,
 )
 from data import IMAGE_TYPES, rng, save_grid, shown, to_uint8
@@ -66,7 +69,7 @@ from files import (
 )
 from mmdit import MMDiT, time_shift
 from model import LightningDiT
-from runs import count, index, positive
+from runs import argument, count, index, positive
 from vfm_vae import VFMVAE
 
 # ---- the sampler
@@ -155,7 +158,7 @@ def choose_labels(spec, num_classes, num, seed, names=()):
     numbers and names, such as 3,3,dog, repeated. None for an unconditional model."""
     if not num_classes:
         if spec != "balanced":
-            raise UserError(f"--labels {spec}: this generator is unconditional")
+            raise UserError(f"--labels {spec}: this generator has no classes")
         return None
     if spec == "balanced":
         return np.arange(num) % num_classes
@@ -322,8 +325,7 @@ def text_flags(p):
     add("--words", metavar="FILE",
         help="prompts, one a line: the built-in text encoder knows their words (default: those of "
              "the shapes)")
-    add("--text-length", type=count, default=256,
-        help="T5's tokens of a prompt (default: %(default)s)")
+    add("--text-length", type=count, help="T5's tokens of a prompt (default: 256)")
 
 
 def open_text_encoder(args, device):
@@ -333,7 +335,9 @@ def open_text_encoder(args, device):
         if args.words:
             raise UserError("--words is of the built-in text encoder: leave out --clip-text and "
                             "--t5")
-        return ClipT5(args.clip_text, args.t5, args.text_length, device)
+        return ClipT5(args.clip_text, args.t5, args.text_length or 256, device)
+    if args.text_length:
+        raise UserError("--text-length is T5's: give --clip-text and --t5")
     if not args.words:
         return Words(toy.VOCABULARY)
     known = sorted({word for prompt in read_prompts(args.words) for word in words_of(prompt)})
@@ -344,29 +348,29 @@ def open_text_encoder(args, device):
     return encoder
 
 
-def encode_prompts(args, model, learned, device):
-    """(the prompts, their rows and the empty prompt's) for a generator from text, which has learned
-    with the text encoder `learned`; (None, None) for another. Sets what follows from the prompts:
+def open_prompts(args, model, trained_with, device):
+    """(the prompts, their rows and the empty prompt's) for a generator from text, trained_with the
+    text encoder of that identity; (None, None) for another. Sets what follows from the prompts:
     the default of --num and --shift. Errors: UserError."""
     prompts = args.prompt or (args.prompts and read_prompts(args.prompts))
-    if learned is None:
+    if trained_with is None:
         if prompts:
             raise UserError(f"{args.dit} takes no prompts: it was trained without --captions")
         return None, None
     if not prompts:
         raise UserError(f"{args.dit} draws from text: give --prompt TEXT or --prompts FILE")
     encoder = open_text_encoder(args, device)
-    if encoder.identity != learned:
-        raise UserError(f"{args.dit} was trained with another text encoder ({learned}) than this "
-                        f"one ({encoder.identity}): give the same --clip-text, --t5, "
+    if encoder.identity != trained_with:
+        raise UserError(f"{args.dit} was trained with another text encoder ({trained_with}) than "
+                        f"this one ({encoder.identity}): give the same --clip-text, --t5, "
                         "--text-length, --words")
-    rows = [encoder([prompts[i] for i in batch]) for batch in ranges(len(prompts), 32)]
+    warn_of_cut(encoder.cut(prompts))
     if "num" not in args.given:
         args.num = len(prompts)
     if "shift" not in args.given:
         h, w = model.arguments["grid"]
         args.shift = time_shift(h * w / model.patch ** 2)
-    return prompts, np.concatenate([*rows, encoder([""])])
+    return prompts, Rows(encoder, prompts)
 
 
 # ---- the command line
@@ -393,7 +397,8 @@ def parse(argv=None):
     add("--shift", type=positive,
         help="time shift a: a t / (1 + (a-1) t), 1 for none; 1/s for LightningDiT's s "
              "(default for text: FLUX's, by the number of tokens)")
-    add("--cfg", type=float, help="guidance scale, 1 for none")
+    add("--cfg", type=argument(float, math.isfinite, "finite"),
+        help="guidance scale, 1 for none")
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"),
         help="times (the paper's) with guidance")
     add("--cfg-channels", type=count,
@@ -413,6 +418,8 @@ def parse(argv=None):
         help="file: mean and std of an official checkpoint's latents (default: the tokenizer's)")
     add("--overwrite", action="store_true", help="replace what other arguments left in --out")
     args = p.fill(argv, PRESETS)
+    if args.prompt and args.prompts:
+        raise UserError("--prompt and --prompts exclude each other")
     lo, hi = args.cfg_interval
     if not 0 <= lo <= hi <= 1:
         raise UserError(
@@ -434,8 +441,8 @@ def main(argv=None):
     args = parse(argv)
     rank, world, device = runs.setup_ranks()
     args.dit = Path(args.dit or last_dit())
-    model, tokenizer, names, learned = load_pair(args)
-    prompts, text = encode_prompts(args, model, learned, device)
+    model, tokenizer, names, trained_with = load_pair(args)
+    prompts, text = open_prompts(args, model, trained_with, device)
     model.to(device)
     tokenizer.to(device)
     if runs.compiles(args, device):
@@ -468,7 +475,7 @@ def main(argv=None):
             recipe |= {"time": guidance["time"], "dtype": str(dtype),
                        "generator": sha256(args.dit), "tokenizer": sha256(args.tokenizer)}
             if prompts:
-                recipe["prompts"] = prompts
+                recipe["prompts"] = f"{len(prompts)}, {digest(prompts)}"
         if args.out.endswith(".npz"):
             side = [s * tokenizer.factor for s in model.arguments["grid"]]
             write_npz(args.out, draw, args.num, side, args.batch_size, recipe, args.overwrite)
@@ -487,7 +494,7 @@ def main(argv=None):
         print(f"{n} images in {grid}")
     if evaluations:
         print_0(f"network evaluations per image: {sum(evaluations)} = {evaluations[0]} + "
-                f"{evaluations[1]} without the class, for guidance")
+                f"{evaluations[1]} without {'prompt' if prompts else 'the class'}, for guidance")
 
 
 if __name__ == "__main__":

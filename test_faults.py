@@ -1312,7 +1312,7 @@ def slow_ranks_share_the_list():
         second = Path(write_shards(d / "shards", 24)) / "00001.tar"
         second.write_bytes(second.read_bytes()[:9000])
         for words, flags in (("data folder not found", ["--data", d / "nowhere"]),
-                             ("00001.tar is cut off", ["--captions", "--data", d / "shards"])):
+                             ("00001.tar is damaged", ["--captions", "--data", d / "shards"])):
             process = start(*dit, *flags, "--out", d / "b", ranks=2)
             assert words in end(process, 60)
             assert process.returncode

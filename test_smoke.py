@@ -11,6 +11,7 @@ import copy
 import csv
 import errno
 import functools
+import gzip
 import hashlib
 import io
 import itertools
@@ -880,23 +881,32 @@ def plain_mmdit(w, z, t, text, pooled, heads, axes):
 
 def test_mmdit_against_numpy():
     """FLUX's transformer: positions on three axes, order of the modulation, attention over text and
-    image, in this order; at a grid that is no square, for two images."""
+    image, in this order; at a grid that is no square, for two images; and for tokens, queries and
+    keys so small that the norms' 1e-6 matters."""
     net = random_weights(MMDiT(**SMALL_MMDIT))
-    w = {k: v.double().numpy() for k, v in net.state_dict().items()}
     z, t = torch.randn(2, 3, 4, 6), torch.tensor([0.3, 1.0])
     y = torch.randn(2, 4, 5), torch.randn(2, 7)
     rows = torch.cat([y[0].flatten(1), y[1]], dim=1)
-    with torch.no_grad():
-        found = net(z, t, rows)
-    for i in range(2):
-        v = plain_mmdit(w, *(x[i].double().numpy() for x in (z, t, *y)), heads=2, axes=(4, 6, 6))
-        assert np.abs(found[i].numpy() - v).max() < 1e-4 * np.abs(v).max()
+    double, tokens = net.double_blocks[0], [*net.img_in.parameters(), *net.txt_in.parameters()]
+    joint = double.img_attn.qkv, double.txt_attn.qkv, net.single_blocks[0].linear1
+    queries_and_keys = [p[:64] for linear in joint for p in linear.parameters()]
+    for small in ((), queries_and_keys, tokens):
+        with torch.no_grad():
+            for part in small:
+                part *= 1e-3
+            found = net(z, t, rows)
+        w = {k: v.double().numpy() for k, v in net.state_dict().items()}
+        for i in range(2):
+            v = plain_mmdit(w, *(x[i].double().numpy() for x in (z, t, *y)), heads=2,
+                            axes=(4, 6, 6))
+            assert np.abs(found[i].numpy() - v).max() < 1e-4 * np.abs(v).max()
     assert "latents of 3 channels" in error_of(net, z[:, :2], t, rows, kind=ValueError)
     assert "heads of 15" in error_of(MMDiT, 30, 1, 1, (4, 6, 5), kind=ValueError)
 
 
 def test_mmdit_sizes():
-    """FLUX.1's own size without guidance; the sizes of the table; zero at the start; the shift."""
+    """FLUX.1's own size without guidance; the sizes of the table; at the start the output is zero,
+    and the blocks are the identity; the shift."""
     with torch.device("meta"):
         flux = MMDiT(3072, 19, 38, d=16, patch=2)
         sizes = {name: parameters(MMDiT(**arguments)) for name, arguments in MMDITS.items()}
@@ -904,6 +914,10 @@ def test_mmdit_sizes():
     assert sizes == {"tiny": 6_031_392, "B": 162_224_160, "L": 662_411_296, "2B": 1_971_940_384}
     net = MMDiT(**SMALL_MMDIT)
     assert not net(torch.randn(2, 3, 4, 4), torch.rand(2), torch.randn(2, 4 * 5 + 7)).any()
+    img, txt, c = torch.randn(1, 4, 32), torch.randn(1, 2, 32), torch.randn(1, 32)
+    turns = mmdit.rope_tables(mmdit.positions(2, 2, 2), SMALL_MMDIT["axes"])
+    assert same(net.double_blocks[0](img, txt, c, *turns), (img, txt)) is None
+    assert torch.equal(net.single_blocks[0](img, c, *(table[2:] for table in turns)), img)
     close(mmdit.time_shift(256), math.exp(0.5))
     close(mmdit.time_shift(4096), math.exp(1.15))
 
@@ -2159,12 +2173,21 @@ def test_flux_vae_as_a_tokenizer():
 # -------------------------------------------------------------------------------------- captions.py
 
 def test_caption_folder():
-    """Images and the .txt beside them, at any depth; each mistake is one line."""
-    with folder() as d:
+    """Images and the .txt beside them, at any depth, in the folders that images are looked for in;
+    each mistake is one line."""
+    with folder() as top:
+        d = top / "d"
         write_images(d, n=4)
-        for i, path in enumerate(sorted(d.rglob("*.png"))):
-            path.with_suffix(".txt").write_text(f" number {i}\n")
-        pairs = captions.open_captions(d, d / "index", 0)
+        if os.name == "posix":
+            (d / "class1").rename(top / "elsewhere")
+            (d / "class1").symlink_to(top / "elsewhere")
+        for i, path in enumerate(sorted(d.glob("*/*.png"))):
+            path.with_suffix(".TXT" if i == 3 else ".txt").write_text(f" number {i}\n", "utf-8-sig")
+        files_in(d, ".ipynb_checkpoints/x.txt", "__MACOSX/000.txt", "class0/notes.md")
+        with patch("builtins.print") as printed:
+            pairs = captions.open_captions(d, d / "index", 0)
+        assert "4 images; ignored" in str(printed.call_args[0][0])
+        assert "1 of .md" in str(pairs) and ".txt" not in str(pairs)
         assert [*pairs.captions] == [f"number {i}" for i in range(4)] and len(pairs) == 4
         assert np.array_equal(pairs.image(2), Image.open(d / "class1" / "001.png"))
         part = pairs.subset([3, 2])
@@ -2172,10 +2195,10 @@ def test_caption_folder():
         assert np.array_equal(part.image(1), pairs.image(2)) and part.identity != pairs.identity
         text = d / "class0" / "000.txt"
         for words, change in {
-                ("1 empty captions", "000.txt"): lambda: text.write_text(" \n"),
-                ("1 images without a caption", "000.png"): text.unlink,
-                ("1 captions without an image", "x.txt"): lambda: (
-                    text.write_text("a"), (d / "x.txt").write_text("a"))}.items():
+                ("1 empty captions", "class0/000.txt"): lambda: text.write_text(" \n"),
+                ("1 images without a caption", "class0/000.png"): text.unlink,
+                ("1 captions without an image", "class1/x.txt"): lambda: (
+                    text.write_text("a"), (d / "class1" / "x.txt").write_text("a"))}.items():
             change()
             with refused(*words):
                 captions.open_captions(d, d / "index", 0)
@@ -2191,10 +2214,12 @@ def jpeg(seed):
 
 def test_caption_shards():
     """The whole samples of two shards, in order; the broken ones are counted and named; a shard is
-    read through once, and again when it has changed; one that is cut off."""
+    read through once, and again when it or its index has changed; one that is cut off, or damaged
+    in a way that tarfile takes for the end."""
     with folder() as d:
         whole = {f"{i:05d}": {"jpg": jpeg(i), "txt": f"picture {i}".encode(), "json": b"{}"}
                  for i in range(6)}
+        whole["00003"] = {"JPG": jpeg(3), "TXT": "\ufeffpicture 3".encode()}
         Image.open(io.BytesIO(jpeg(0))).save(d / "a.png")
         png = (d / "a.png").read_bytes()
         broken = {"10": {"jpg": jpeg(0)[:500], "txt": b"cut"}, "11": {"jpg": jpeg(0)},
@@ -2204,7 +2229,8 @@ def test_caption_shards():
         write_shard(d / "00001.tar", broken | dict(list(whole.items())[4:]))
         with patch("builtins.print") as printed:
             shards = captions.open_captions(d, d / "index", 1)
-        text = printed.call_args[0][0]
+        text, found = (str(call[0][0]) for call in printed.call_args_list)
+        assert "2 shards, 6 images; ignored: 2 other" in found  # a.png, index
         assert "5 broken samples" in text and all(f"00001.tar:{k}" in text for k in broken), text
         assert [*shards.captions] == [f"picture {i}" for i in range(6)] and len(shards) == 6
         for i in range(6):
@@ -2223,10 +2249,35 @@ def test_caption_shards():
         assert np.array_equal(part.image(2), Image.open(io.BytesIO(jpeg(0))))
         changed = captions.CaptionShards(d, d / "index")
         assert len(changed) == 5 and changed.identity != shards.identity
-        tar = (d / "00001.tar").read_bytes()
-        (d / "00001.tar").write_bytes(tar[:1500])
-        with refused("1 of 2 shards", "00001.tar", "cut off"):
-            captions.CaptionShards(d, d / "index")
+        now = (d / "00000.tar").stat()
+        whole["00000"]["txt"] = b"another 0"
+        write_shard(d / "00000.tar", dict(list(whole.items())[:4]))
+        os.utime(d / "00000.tar", ns=(now.st_atime_ns, now.st_mtime_ns + 1))
+        assert (d / "00000.tar").stat().st_size == now.st_size
+        assert captions.CaptionShards(d, d / "index").captions[0] == "another 0"
+        for damaged in ('{"size": 1', "[]", "{}"):
+            (d / "index" / "00000.json").write_text(damaged)
+            assert len(captions.CaptionShards(d, d / "index")) == 5
+
+        tar = (d / "00000.tar").read_bytes()
+        with tarfile.open(d / "00000.tar") as f:
+            third = f.getmembers()[2].offset
+        for words, content in {
+                "unexpected end of data": tar[:1500],
+                "cut off there: fetch it again": tar[:third],
+                f"damaged at byte {third}": tar[:third] + b"\1" + tar[third + 1:],
+                "damaged at byte": tar[:third] + bytes(2 ** 17),
+                "not what it should be": gzip.compress(tar)}.items():
+            (d / "00001.tar").write_bytes(content)
+            with refused("1 of 2 shards", "00001.tar", words):
+                captions.CaptionShards(d, d / "index")
+        (d / "00001.tar").write_bytes(tar[:third] + bytes(512))  # one block is an end too
+        assert len(captions.CaptionShards(d, d / "index")) == 5
+        if os.name == "posix":
+            (d / "00001.tar").unlink()
+            (d / "00001.tar").symlink_to(d / "gone")
+            with refused("1 of 2 shards", "shard not found", "00001.tar"):
+                captions.CaptionShards(d, d / "index", 1)
 
 
 def test_strings():
@@ -2254,12 +2305,15 @@ def test_words():
     assert torch.equal(text[:, :, 3:], torch.eye(10).expand(2, -1, -1)) and not text[1, :, :3].any()
     with refused("does not know blue", "red star on"):
         encoder(["red on blue"])
-    with patch("builtins.print") as printed:
-        assert encoder(["red " * 11])[0, -3:].tolist() == [10, 0, 0]
-    assert "longer than the text encoder's 10 tokens" in printed.call_args[0][0]
+    assert encoder(["red " * 11])[0, -3:].tolist() == [10, 0, 0]
+    assert encoder.cut(["red " * n for n in (9, 10, 11, 12)]) == {10: 2}
+    rows = captions.Rows(encoder, ["red"] * 39 + ["star"])
+    assert len(rows) == 41
+    assert np.array_equal(rows[np.array([39, -1, 0, 39])], encoder(["star", "", "red", "star"]))
     with folder() as d:
-        (d / "p.txt").write_text("a red kite\nA kite on blue\n")
-        args = SimpleNamespace(clip_text=None, t5=None, words=d / "p.txt")
+        (d / "p.txt").write_text("a red kite\nA kite on blue\n", "utf-8-sig")
+        args = SimpleNamespace(clip_text=None, t5=None, words=d / "p.txt", text_length=None)
+        assert captions.read_prompts(d / "p.txt") == ["a red kite", "A kite on blue"]
         other = sample.open_text_encoder(args, "cpu")
         assert [*other.number] == ["a", "blue", "kite", "on", "red"]
         (d / "p.txt").write_text("a red kite\n")
@@ -2272,9 +2326,12 @@ def test_words():
         (d / "p.txt").write_text("!\n")
         with refused("p.txt holds no word"):
             sample.open_text_encoder(args, "cpu")
-    for flag in ("clip-text", "t5", "words"):
+        args.text_length = 9
+        with refused("--text-length is T5's"):
+            sample.open_text_encoder(args, "cpu")
+    for flag in ("clip-text", "t5", "words", "text-length", "text-cache"):
         with refused(f"--{flag} goes with --captions"):
-            train_dit.parse([f"--{flag}", "x"])
+            train_dit.parse([f"--{flag}", "9"])
 
 
 class FakeTransformers:
@@ -2291,13 +2348,14 @@ class FakeTransformers:
 
     class CLIPTextModel(torch.nn.Module):
         width, times = 2, 1.0
+        config_class = SimpleNamespace(
+            from_pretrained=lambda folder, **_: SimpleNamespace(hidden_size=2))
 
         @classmethod
         def from_pretrained(cls, folder, **_):
-            model = cls()
-            model.config = SimpleNamespace(hidden_size=cls.width)
+            model, weights = cls(), (folder / "model.safetensors").read_bytes()
             model.weight = torch.nn.Parameter(torch.tensor(cls.times))
-            return model, {"missing_keys": ["norm"] if "broken" in str(folder) else []}
+            return model, {"missing_keys": ["norm"] if weights == b"broken" else []}
 
         def forward(self, input_ids):
             hidden = self.weight * input_ids[..., None].expand(-1, -1, self.width).float()
@@ -2305,28 +2363,61 @@ class FakeTransformers:
 
     class T5EncoderModel(CLIPTextModel):
         width, times = 3, 10.0
+        config_class = SimpleNamespace(
+            from_pretrained=lambda folder, **_: SimpleNamespace(hidden_size=3))
 
 
 def test_clip_and_t5():
-    """CLIP's pooled text of 77 tokens and T5's tokens, padded or cut to L; each mistake is one
-    line, also without the package."""
+    """CLIP's pooled text of 77 tokens and T5's tokens, padded or cut to L; what makes an encoder
+    another one; FLUX's folders; no network for a complete cache; each mistake is one line, also
+    without the package."""
     with folder() as d, patch.dict(sys.modules, transformers=FakeTransformers):
-        (d / "broken").mkdir()
-        encoder = captions.ClipT5(d, d, 4, CPU)
-        with patch("builtins.print") as printed:
-            rows = torch.from_numpy(encoder(["ab", "abcdef"]))
+        clip, t5 = d / "clip", d / "text_encoder_2"
+        files_in(clip, "config.json", "tokenizer_config.json", "vocab.json", "model.safetensors")
+        files_in(d, "text_encoder_2/config.json", "text_encoder_2/model.safetensors",
+                 "tokenizer_2/tokenizer_config.json", "tokenizer_2/spiece.model")
+        encoder = captions.ClipT5(clip, t5, 4, CPU)
+        rows = torch.from_numpy(encoder(["ab", "abcdef"]))
         text, pooled = mmdit.unpack(rows, encoder.T, encoder.P)
         assert (encoder.L, encoder.T, encoder.P) == (4, 3, 2)
         assert text[:, :, 2].tolist() == [[970, 980, 0, 0], [970, 980, 990, 1000]]
         assert pooled.tolist() == [[195, 195], [597, 597]]
-        assert "1 prompts are longer" in printed.call_args[0][0]
-        assert captions.ClipT5(d, d, 5, CPU).identity != encoder.identity
-        with refused("--t5 None"):
-            captions.ClipT5(d, None, 4, CPU)
-        with refused("--t5", "broken", "lacks norm"):
-            captions.ClipT5(d, d / "broken", 4, CPU)
+        texts = ["a" * n for n in (4, 5, 77, 78, 6)]
+        assert encoder.cut(texts) == {4: 4, 77: 1}
+        with patch("builtins.print") as printed:
+            made = captions.cached_text(d / "text.npy", encoder, texts, 2, False)
+        told = [call[0][0] for call in printed.call_args_list if "WARNING" in call[0][0]]
+        assert len(told) == 2 and "1 prompts are longer than the text encoder's 77 tokens" in told[1]
+        for path in (clip / "config.json", clip / "vocab.json", clip / "model.safetensors",
+                     t5 / "config.json", t5 / "model.safetensors", d / "tokenizer_2/spiece.model"):
+            before = path.read_bytes()
+            path.write_text("broken" if path.name == "model.safetensors" else "{}")
+            assert captions.ClipT5(clip, t5, 4, CPU).identity != encoder.identity, path
+            if path == t5 / "model.safetensors":
+                with refused("text_encoder_2", "lacks norm"):
+                    captions.ClipT5(clip, t5, 4, CPU)(["a"])
+            path.write_bytes(before)
+        files_in(t5, "README.md", "pytorch_model.bin")  # nothing that is read
+        assert captions.ClipT5(clip, t5, 5, CPU).identity != encoder.identity
+        again = captions.ClipT5(clip, t5, 4, CPU)
+        assert np.array_equal(captions.cached_text(d / "text.npy", again, texts, 2, False), made)
+        assert again.identity == encoder.identity and "networks" not in vars(again)
+        with open(d / "text.npy", "ab") as f:
+            f.write(b"\0")
+        with refused("cache of captions", "bytes follow its end"):
+            captions.cached_text(d / "text.npy", again, texts, 2, False)
+        with refused("--clip-text and --t5 go together"):
+            captions.ClipT5(clip, None, 4, CPU)
+        with refused("tokenizer not found", "nowhere"):
+            captions.ClipT5(clip, d / "nowhere", 4, CPU)
+        with refused("T5EncoderModel not found", "tokenizer_2"):
+            captions.ClipT5(clip, d / "tokenizer_2", 4, CPU)
+        with patch.object(FakeTransformers.AutoTokenizer, "from_pretrained",
+                          side_effect=OSError("no tokenizer\nthat is known")), refused(
+                              "unreadable tokenizer", "no tokenizer"):
+            captions.ClipT5(clip, t5, 4, CPU)
         with patch.dict(sys.modules, transformers=None), refused("pip install transformers"):
-            captions.ClipT5(d, d, 4, CPU)
+            captions.ClipT5(clip, t5, 4, CPU)
 
 
 # ----------------------------------------------------------------------------------------- files.py
@@ -3925,9 +4016,13 @@ def test_train_from_captions():
         shards = [*ours, write_shards(d / "shards")]
         for steps in (1, 2):
             execute(train_dit, *shards, "--out", d / "a", "--steps", steps, "--workers", 2 - steps)
-        with recorded(losses, "logit_normal") as times:
+        with recorded(losses, "logit_normal") as times, recorded(train_dit, "generate") as drawn:
             execute(train_dit, *shards, "--out", d / "b", "--steps", 2)
         assert [shift for (_, shift), _ in times] == [mmdit.time_shift(4)] * 2
+        ((ema, *_, schedule), _), = drawn
+        assert schedule == sample.time_grid(20, mmdit.time_shift(4))
+        saved = load_file(d / "b" / "dit_step00000002.pt")
+        assert same(ema.state_dict(), saved["ema"]) is None and same(ema.state_dict(), saved["model"])
         assert same(*(load_file(d / k / "dit_step00000002.pt") for k in "ab")) is None
         assert (d / "a" / "log.csv").read_bytes() == (d / "b" / "log.csv").read_bytes()
         written, encoder = Shapes(n=24).captions, captions.Words(toy.VOCABULARY)
@@ -3936,6 +4031,12 @@ def test_train_from_captions():
         with refused("text.npy", "text encoder words ->"), patch.object(
                 captions.Words, "identity", "another"):
             execute(train_dit, *shards, "--out", d / "a", "--steps", 2)
+        with patch.object(Shapes, "captions", [*written[:-1], "a red star on blue"]):
+            changed = [*ours, write_shards(d / "changed"), "--out", d / "a", "--steps", 2]
+        with refused("text.npy", "captions"):
+            execute(train_dit, *changed)
+        with refused("dit_step00000002.pt", "captions"):
+            execute(train_dit, *changed, "--text-cache", d / "other.npy")
         with patch.object(toy, "open_shapes", lambda *_: (Shapes(n=24, size=32), None)):
             execute(train_dit, *ours, "shapes", "--out", d / "shapes", "--steps", 1)
         assert np.array_equal(text, np.load(d / "shapes" / "text.npy"))
@@ -3967,6 +4068,9 @@ def test_train_from_captions():
         with np.load(d / "a.npz") as a, np.load(d / "b.npz") as b:
             assert np.abs(a["arr_0"].astype(int) - b["arr_0"][:3]).max() <= 1
         assert Image.open(d / "grid.png").size[0] == 3 * 128
+        with refused("a.npz", "prompts 2, "):
+            execute(sample, *ours[:-1], "a red ring on blue", "-n", 3, "--out", d / "a.npz",
+                    "--batch-size", 3)
         (d / "prompts.txt").write_text("\n")
         tokenizer, classes = small_tokenizer(), small_dit(depth=1, d=8)
         other = save_dit(classes, d / "classes.pt", tokenizer)
@@ -3975,7 +4079,10 @@ def test_train_from_captions():
                              ("prompts.txt", "no prompt"): [*ours[:-4], "--prompts",
                                                             d / "prompts.txt"],
                              ("takes no prompts",): [*ours, "--dit", other],
-                             ("--t5 None",): [*ours, "--clip-text", d]}.items():
+                             ("--clip-text and --t5 go",): [*ours, "--clip-text", d],
+                             ("--prompt and --prompts exclude",): [*ours, "--prompts", "x"],
+                             ("has no classes",): [*ours, "--labels", 3],
+                             ("finite",): [*ours, "--cfg", "nan"]}.items():
             with refused(*words), patch.dict(sys.modules, transformers=FakeTransformers):
                 execute(sample, *flags)
         with refused("trained with another text encoder (words)"), patch.object(
@@ -3990,6 +4097,43 @@ def test_train_from_captions():
                              ("--qk-norm exclude",): ["--captions", "--qk-norm"]}.items():
             with refused(*words):
                 train_dit.parse(flags)
+
+
+def test_flux_vae_from_text():
+    """The schedule of t goes by the number of tokens, two by two of FLUX's latents each, in
+    training and for pictures; as many of these as prompts."""
+    with folder() as d, patch.dict(MMDITS, mini={"dim": 32, "depth": 1, "depth_single": 1,
+                                                 "axes": [4, 6, 6]}):
+        save_checkpoint(d / "ae.pt", small_flux()[1])
+        tokenizer, prompts = ["--tokenizer", d / "ae.pt"], Shapes(n=33).captions
+        with recorded(losses, "logit_normal") as times:
+            execute(train_dit, *mini_dit(d)[:-4], *tokenizer, "--captions", "--data",
+                    write_shards(d / "shards"), "--out", d / "t2i", "--steps", 1)
+        assert [shift for (_, shift), _ in times] == [mmdit.time_shift(4)]
+        (d / "prompts.txt").write_text("\n".join(prompts))
+        with recorded(sample, "time_grid") as grids:
+            execute(sample, "--preset", "tiny", *tokenizer, "--dit", sample.last_dit(d / "t2i"),
+                    "--prompts", d / "prompts.txt", "--steps", 1, "--out", d / "s.npz")
+        assert [shift for (_, shift), _ in grids] == [mmdit.time_shift(4)]
+        with np.load(d / "s.npz") as f:
+            assert f["arr_0"].shape == (33, 32, 32, 3)
+
+
+def test_captioned_grid():
+    """Each image has its own prompt under it, whole or with dots; the lines of the next row's
+    images begin below it."""
+    with folder() as d:
+        prompts = [".", "Wg " * 99, "W"]
+        captions.save_captioned_grid(torch.zeros(5, 3, 16, 16), prompts, d / "grid.png", width=2)
+        grid = np.asarray(Image.open(d / "grid.png").convert("L"))
+        step = len(grid) // 3
+        assert grid.shape == (3 * step, 256) and step > 128
+        below = [grid[i // 2 * step:][128:step, i % 2 * 128:][:, :128] for i in range(5)]
+        ink = [(cell < 99).sum() for cell in below]
+        assert 0 < ink[0] == ink[3] < ink[2] < ink[1] == ink[4], ink
+        assert all((cell[-1] == 255).all() for cell in below)  # no letter is cut
+        blank = (below[1] == 255).all(axis=1)
+        assert (blank[:-1] & ~blank[1:]).sum() == 4, "lines"
 
 
 def test_guidance_from_text():
@@ -4310,7 +4454,7 @@ def test_labels():
     for spec in ("3", "0,-1", "dog"):
         with refused("--labels", spec, "0 to 2"):
             sample.choose_labels(spec, 3, 5, 0)
-    assert "unconditional" in error_of(sample.choose_labels, "1", 0, 5, 0)
+    assert "has no classes" in error_of(sample.choose_labels, "1", 0, 5, 0)
 
 
 def test_sample_grid():

@@ -30,7 +30,6 @@ Legend: B batch, d latent channels, h w latent sides, K classes (class K: none).
 import copy
 import hashlib
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,7 +63,6 @@ from files import (
     fingerprint,
     load_encoder,
     print_0,
-    reading,
     require_statistics,
 )
 from mmdit import MMDITS, DoubleBlock, MMDiT, SingleBlock, time_shift
@@ -197,14 +195,7 @@ def cached_latents(path, tokenizer, data, args, device, views=2):
                         f"a latent of images {batch[0]} to {batch[-1]} is not finite in fp16")
                 array.write(batch, z.unflatten(0, (-1, views)).cpu().numpy())
             array.finish()
-    # no checksum: reading ImageNet's 39 GiB takes minutes, and a flipped bit is one value
-    with reading(path, "cache of latents (delete it to make it anew)"):
-        latents = np.load(path, mmap_mode="r")
-        if (latents.shape, latents.dtype) != ((n, *shape), np.float16):
-            raise ValueError(f"it holds {latents.dtype} {latents.shape}")
-        if Path(path).stat().st_size != latents.offset + latents.nbytes:
-            raise ValueError("bytes follow its end")
-    return latents
+    return array.mapped("cache of latents")
 
 
 class FlowData(Dataset):
@@ -341,12 +332,12 @@ def training_latents(s, args, run, data, latents, world, device):
 def set_up_text(args, run, data, device):
     """What a generator has from text: the rows of all captions and of the empty one, their widths,
     a few captions to show, and what a resume must repeat."""
-    encoder, written = open_text_encoder(args, device), data.captions
-    rows = captions.cached_text(args.text_cache or run.out / "text.npy", encoder, written,
+    encoder, texts = open_text_encoder(args, device), data.captions
+    rows = captions.cached_text(args.text_cache or run.out / "text.npy", encoder, texts,
                                 args.encode_batch, args.overwrite)
-    recipe = {"text encoder": encoder.identity, "captions": captions.digest(written)}
+    recipe = {"text encoder": encoder.identity, "captions": captions.digest(texts)}
     return SimpleNamespace(rows=rows, widths={"text": encoder.T, "pooled": encoder.P},
-                           shown=[written[i] for i in range(min(16, len(written)))], recipe=recipe)
+                           shown=[texts[i] for i in range(min(16, len(texts)))], recipe=recipe)
 
 
 def captioned_grid(s, args, path):
@@ -399,7 +390,7 @@ def parse(argv=None):
         help="learn the features of --align-encoder too (repa), and to draw its class token (reg)")
     add("--align-encoder", help="vitb14, another name, or a file, as train_tokenizer.py --encoder")
     add("--label-drop", type=fraction, default=0.1,
-        help="part of labels dropped, for guidance (default: %(default)s)")
+        help="part of labels, or captions, dropped, for guidance (default: %(default)s)")
     add("--cache", help="file of the latents (default: latents.npy in --out); runs may share it")
     add("--no-cache", action="store_true", help="encode every batch anew: no disk, more time")
     add("--encode-batch", type=count, help="images at once while the cache is made")
@@ -414,7 +405,7 @@ def parse(argv=None):
     if bool(args.align) != bool(args.align_encoder):
         raise UserError("--align repa or reg and --align-encoder ENCODER (such as vitb14, or a "
                         "file) go together")
-    for flag in ("clip_text", "t5", "words"):
+    for flag in ("clip_text", "t5", "words", "text_length", "text_cache"):
         if getattr(args, flag) and not args.captions:
             raise UserError(f"--{flag.replace('_', '-')} goes with --captions")
     # no class, nothing held out, always on, LightningDiT's
