@@ -47,8 +47,11 @@ COLUMNS = {
     "FD": lambda f: f"{f['plain']['FD-Lite0']:.0f}", "FD, guided (scale)":
         lambda f: f"{f['guided']['FD-Lite0']:.0f} ({f['best_cfg']:g})",
     "FD to its own reconstructions": lambda f: f"{f['own_plain']['FD-Lite0']:.1f}"}
-FD_AT = {f"FD, {name}": lambda f, key=key: f"{f[key]['FD-Lite0']:.0f}" for name, key in (
-    ("400 steps", "plain400"), ("800 steps", "plain800"), ("1600 steps", "plain"))}
+STEPS = {"400 steps": "plain400", "800 steps": "plain800", "1600 steps": "plain"}
+FD_AT = {f"FD, {name}": lambda f, key=key: f"{f[key]['FD-Lite0']:.0f}"
+         for name, key in STEPS.items()}
+OWN_AT = {f"to its own, {name}": lambda f, key=f"own_{key}": f"{f[key]['FD-Lite0']:.0f}"
+          for name, key in STEPS.items()}
 CKNNA = {f"{name}, {against}": lambda f, file=file, name=name: f"{f[file][name]:.3f}"
          for against, file in (("DINOv2", "cknna"), ("judge", "cknna_judge"))
          for name in ("CKNNA, latents", "SE-CKNNA, latents")}
@@ -58,6 +61,7 @@ TABLES = {
     "Tried": (["margins0", "wvf1", "vae4800", "vavae4800", "wvf4800", "aligntok4800"], COLUMNS),
     "Second system": (["stage12", "vfmvae"], COLUMNS),
     "Alignment of the latents": (["vae", "vavae", "stage1", "stage12", "lora", "vfmvae"], CKNNA),
+    "How fast the latents are learned": (["vae", "vavae", "stage12", "vfmvae"], FD_AT | OWN_AT),
     "Dual side": (["stage12", "repa12", "reg12", "vfmvae", "repavfm", "regvfm"], FD_AT),
     "Text": (["textvae", "textvavae", "text12"],
              {"FD": COLUMNS["FD"], "FD, guidance 4": lambda f: f"{f['cfg4']['FD-Lite0']:.0f}"})}
