@@ -1979,7 +1979,9 @@ def test_vfm_vae_objective():
     tok, s = small_vfm(), SimpleNamespace(steps_before=7, step=0, steps=100)
     args = SimpleNamespace(w_gan=0.3, disc_start=7)
     s.tokenizer = s.ddp_tokenizer = tok
-    tok.vfm_encoder.mode = "bicubic"  # of the targets too; of black and white they overshoot
+    # x^ leaves [-1, 1]; so do targets of black and white, bicubic as DINOv2's
+    tok.synthesis.blocks[5].torgb.weight.data *= 10
+    tok.vfm_encoder.mode = "bicubic"
     last_layer = tok.ldm_adapter.final_quant.blocks[0].mlp.w2.weight
     x, noise = torch.randint(2, (2, 3, 128, 128)) * 2.0 - 1, torch.randn(2, 8, 8, 8)
     always = {"multires", "g_loss", "d_loss", "d_real", "d_fake"}
@@ -1991,7 +1993,6 @@ def test_vfm_vae_objective():
         if turned := s.stage != "patchgan":
             transform, small = (0.5, 1), F.interpolate(x, (64, 64), mode="bicubic", antialias=True)
             expected = small.flip(2).transpose(2, 3)
-            assert expected.max() > 1.01
         else:
             x, noise, transform = x[..., :64, :64], noise[..., :4, :4], ()
             expected = x
@@ -2019,7 +2020,7 @@ def test_vfm_vae_objective():
             by_hand["matching"] = sum(
                 (r[k] - f[k]).abs().mean() for r, f in pairs for k in range(4)) / 3
         for name, (_, value, *balance) in terms.items():
-            close(value.item(), by_hand[name].item(), 1e-4)
+            close(value.item(), by_hand[name].item(), 1e-5)
             assert bool(balance) == (name == "vf") and (
                 not balance or balance[0] is last_layer and balance[1] == 1e8), name
         for name, value in {"vf": {"strong": 5, "weak": 1}.get(s.stage), "matching": 10, "g_loss": 0.3,
@@ -2103,6 +2104,10 @@ def test_vfm_vae_files():
         assert torch.equal(again.decode(again.encode(x)), other.decode(other.encode(x))), foundation
         if "layers" in changed:
             assert "2 layers are read" in error_of(vfm_vae.load, other.state_dict(), kind=ValueError)
+    assert vfm_vae.arguments_of(state, scale=7, layers=(0, 3, -1)).items() >= {
+        "scale": 7, "layers": (0, 3, -1)}.items()
+    ours = {"arguments": tok.arguments, "tokenizer": tok.state_dict()}
+    assert vfm_vae.load(ours, layers=(0, 3, -1)).arguments["layers"] == [0, 3, -1]
     fewer = {k: v for k, v in state.items() if "z_convs.3" not in k}
     siglip = {k: v for k, v in tok.vfm_encoder.encoder["vision_model"].state_dict().items()}
     assert model.siglip_arguments(siglip) == {"dim": 64, "depth": 4, "hidden": 256, "patch": 16,
@@ -2561,11 +2566,11 @@ def test_families_of_encoders():
     torch.save(mae.state_dict(), path)
     with patch.object(files, "find_weights", lambda url, *_: path if "vit_large" in url else None):
         assert "is not a mae-l16" in error_of(load_encoder, "mae-l16")
-    with patch("torch.hub.get_dir", return_value=TMP / "hub"):
+    with folder() as d, patch("torch.hub.get_dir", return_value=d):
         name = "siglip2-l16-512"
         assert f"{name}.safetensors: no such file" in error_of(load_encoder, name)
-        (TMP / "hub" / "checkpoints").mkdir(parents=True)
-        (TMP / "hub" / "checkpoints" / f"{name}.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+        (d / "checkpoints").mkdir()
+        (d / "checkpoints" / f"{name}.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
         with patch.dict(sys.modules, {"safetensors.torch": None}):
             assert "pip install safetensors" in error_of(load_encoder, name), "it is read"
     assert "no such size" in error_of(load_encoder, "random:mae-l16_reg4")
