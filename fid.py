@@ -67,7 +67,7 @@ from files import (
     write_atomically,
 )
 from losses import ssim
-from model import DINOv2
+from model import DINOv2, SigLIP, ViT
 from runs import Parser, by_parts, count, index, launch, setup_ranks
 from toy import Shapes
 from vfm_vae import VFMVAE, resize
@@ -208,16 +208,17 @@ class DINOv2Features(nn.Module):
         return {"pool": self.encoder(x)[0]}
 
 
-def load_dinov2(spec):
+def load_dinov2(spec, kinds=(DINOv2,)):
     """(DINOv2Features, sha256). spec: an official name, a DINOv2 file, or a checkpoint of the
-    tokenizer that holds it. Errors: UserError."""
+    tokenizer that holds it. kinds: what it may be. Errors: UserError."""
     file = Path(spec).is_file()
     if file and "tokenizer" in (content := load_file(spec, "encoder")):
         encoder = load_tokenizer(spec, VAE, content=content).encoder
     else:
         encoder = load_encoder(spec)[0]
-    if not isinstance(encoder, DINOv2):
-        raise UserError(f"{spec} is no DINOv2: it holds {type(encoder).__name__}")
+    if not isinstance(encoder, kinds):
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"{spec} is no {names}: it holds {type(encoder).__name__}")
     if file:
         return DINOv2Features(encoder), sha256(spec)
     # by name: of the tensors, whichever file held them
@@ -544,8 +545,8 @@ def latents_and_tokens(tokenizer, pixels, indices, scale):
     """{"latents": (B, d), sampled where the tokenizer samples; "encoder": the last tokens of its
     foundation encoder, (B, D), if it has one}: means over the positions, of uint8 (B, 3, H, W)."""
     x = pixels.float() / 127.5 - 1
-    is_vfm = isinstance(tokenizer, VFMVAE)  # it shrinks images as in its own training
-    x = resize(x, scale, tokenizer.vfm_encoder.mode if is_vfm else "bilinear", antialias=is_vfm)
+    is_vfm = isinstance(tokenizer, VFMVAE)
+    x = resize(x, scale, "bilinear", antialias=is_vfm)  # VFM-VAE's: as in its own training
     tokens = tokenizer.features(x)  # (B, N, D); a VAE's: mean | log-variance
     h, w = (side // tokenizer.factor for side in x.shape[-2:])
     if not isinstance(tokenizer, (VAE, VFMVAE, FluxVAE)):
@@ -903,8 +904,11 @@ def open_tokenizer(path, size, device):
     tokenizer = load_tokenizer(path, VAE, VFMVAE, FluxVAE, content=content)
     with reading(path, "tokenizer"):
         size = size or operator.index(content.get("recipe", {}).get("size", 256))
-    if size < 1 or size % tokenizer.factor:
-        raise UserError(f"--size must be divisible by {tokenizer.factor}, not {size}")
+    if isinstance(tokenizer, VFMVAE) and not tokenizer.arguments["foundation"]:
+        raise UserError(f"{path} holds no encoder: it can only decode")
+    if size < 1 or size % (tokenizer.factor * tokenizer.multiple):
+        raise UserError("--size must be divisible by "
+                        f"{tokenizer.factor * tokenizer.multiple}, not {size}")
     return tokenizer.to(device), size
 
 
@@ -988,23 +992,23 @@ def probe(args, rank, world, device):
 
 
 def load_reference(args, device):
-    """(features(pixels uint8 (B, 3, H, W), scale) -> (B, D), the weights' sha256, the rule's name)
-    of --reference, or of the judge."""
+    """(features(name of the set, pixels uint8 (B, 3, H, W), scale) -> (B, D), the weights' sha256,
+    the rule's name) of --reference, or of the judge."""
     if args.judge:
         net, digest, rule, _ = args.judge
         net.to(device)
 
-        def features(pixels, scale):
+        def features(name, pixels, scale):
             x = resize(pixels.float(), scale, "bilinear", antialias=False)
             return net(x.round().byte(), rule)["pool"]
         return features, digest, rule
-    net, digest = load_dinov2(args.reference)
+    net, digest = load_dinov2(args.reference, (DINOv2, ViT, SigLIP))
     encoder = net.to(device).encoder
 
-    def features(pixels, scale):
-        if scale == 1:
+    def features(name, pixels, scale):
+        if name != "turned":
             x = resize_pil(pixels, net.side)
-        else:
+        else:  # as the protocol has it, at scale 1 too
             side = int(net.side * scale)
             x = F.interpolate(pixels.float() / 255, (side, side), mode="bilinear")
         pad = -x.shape[-1] % encoder.patch
@@ -1021,6 +1025,9 @@ def alignment(args, rank, world, device):
         return
     path, folder = args.cknna
     tokenizer, size = open_tokenizer(path, args.size, device)
+    if size % (4 * tokenizer.factor):
+        raise UserError("--cknna shrinks images to a quarter: --size must be divisible by "
+                        f"{4 * tokenizer.factor}, not {size}")
     images = ImageSet(folder, size, "val")
     if images.n <= 10:
         raise UserError(f"--cknna: {folder} holds {images.n} images; 10 neighbours take more")
@@ -1033,7 +1040,7 @@ def alignment(args, rank, world, device):
         for name, chosen, x, scale in variants(pixels, indices):
             x = x.to(device)
             found = latents_and_tokens(tokenizer, x, chosen, scale)
-            found["reference"] = reference(x, scale)
+            found["reference"] = reference(name, x, scale)
             for whose, features in found.items():
                 out = rows.setdefault((name, whose), torch.zeros(images.n, features.shape[1]))
                 out[chosen] = features.float().cpu()
@@ -1069,7 +1076,7 @@ def parse(argv=None, judge=None):
     add("--cknna", nargs=2, metavar=("CKPT", "DATA"),
         help="CKNNA and SE-CKNNA of a tokenizer's latents and encoder against --reference")
     add("--reference", default="vitg14",
-        help="--cknna: official name, DINOv2 file or tokenizer checkpoint (default: %(default)s)")
+        help="--cknna: official name, encoder file or tokenizer checkpoint (default: %(default)s)")
     add("--tokens", action="store_true", help="--probe: of the tokens before the adapter")
     add("--metrics",
         help="of fid,sfid,is,pr,kid; --recon: rfid,psnr,ssim,lpips (default: all possible)")

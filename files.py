@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from losses import LPIPS
-from model import ENCODERS, Tokenizer, make_encoder, siglip_arguments, sincos_embedding
+from model import ENCODERS, Tokenizer, encoder_arguments, make_encoder
 
 try:
     import fcntl
@@ -581,7 +581,7 @@ PRETRAINING = ("head.", "pooler.", "decoder_")  # beside an encoder; and MAE's m
 
 
 def encoder_state(content, path):
-    """(family, state dict under the official names) of the encoder in a file's content: official, a
+    """The state dict, under the official names, of the encoder in a file's content: official, a
     training checkpoint's teacher, of transformers, of timm; alone, or in a larger network."""
     state = unwrapped(content)
     kind = require(("DINOv2", "SigLIP", "MAE", "DINO v1 (a plain ViT)"), state, path)
@@ -590,7 +590,7 @@ def encoder_state(content, path):
         if "vision_model.embeddings.patch_embedding.weight" not in state:
             raise UserError(f"{path} is no SigLIP2 vision tower of a fixed size in transformers' "
                             "layout")
-        return "siglip", state
+        return state
     prefixes = {k.removesuffix("cls_token").removesuffix("embeddings.")
                 for k in state if k.endswith("cls_token")}
     if len(prefixes) > 1:
@@ -609,7 +609,7 @@ def encoder_state(content, path):
              for name, p in parts.items()}
     if kind != "DINOv2":
         state.pop("mask_token", None)
-        return "mae" if has_fixed_positions(state["pos_embed"]) else "dino", state
+        return state
     side = state["patch_embed.proj.weight"].shape[-1]
     if side != 14:
         raise UserError(f"{path} is no DINOv2: its patches are {side} px wide, not 14")
@@ -625,30 +625,7 @@ def encoder_state(content, path):
         state["pos_embed"] = torch.cat([torch.zeros_like(cls), positions], dim=1)
     # timm leaves out what only pretraining reads
     state.setdefault("mask_token", torch.zeros_like(cls[0]))
-    return "dinov2", state
-
-
-def has_fixed_positions(pos_embed):
-    """Whether a position embedding (1, 1 + g*g, D) is MAE's: its encoder has the names of DINO
-    v1's, but positions that no training has changed."""
-    _, N, D = pos_embed.shape
-    g = math.isqrt(N - 1)
-    fixed = sincos_embedding(g, g, D)
-    return g * g == N - 1 and torch.allclose(pos_embed[:, 1:].float(), fixed, atol=0.01)
-
-
-def encoder_arguments(family, state):
-    """Arguments of model.make_encoder, from a state dict's names and shapes."""
-    if family == "siglip":
-        return {"family": family} | siglip_arguments(state)
-    found = {"dim": state["cls_token"].shape[-1],
-             "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-             "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
-    if family != "dinov2":
-        return {"family": family, "patch": state["patch_embed.proj.weight"].shape[-1]} | found
-    return found | {
-        "swiglu": "blocks.0.mlp.w12.weight" in state,
-        "registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0}
+    return state
 
 
 def named_arguments(name):
@@ -674,11 +651,12 @@ def load_encoder(spec, flag="--encoder"):
                             "(and vit..._reg4)")
         print_0(f"encoder {name}: RANDOM weights, as asked for")
         return make_encoder(**arguments), arguments
-    if name.startswith("siglip") and arguments is not None:
-        raise UserError(f"{flag} {spec}: give its file, {ENCODER_URLS[name]}")
     if arguments is not None and name != "tiny14":
         url = ENCODER_URLS.get(name) or DINOV2_URL.format(name.removesuffix("_reg4"), name)
-        path = find_weights(url, DINOV2_SHA256.get(name, ""), flag)
+        file = None
+        if name.startswith("siglip"):  # by hand: its address names no file of its own
+            file = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.safetensors"
+        path = find_weights(url, DINOV2_SHA256.get(name, ""), flag, file)
     elif Path(spec).is_file():
         path = Path(spec)
         print_0(f"encoder {path}: sha256 {sha256(path)}")
@@ -687,12 +665,12 @@ def load_encoder(spec, flag="--encoder"):
                         f"{', '.join(list(ENCODERS)[1:])} (and vit..._reg4)")
     content = load_file(path, "encoder")
     with reading(path, "encoder"):
-        family, state = encoder_state(content, path)
-        found = encoder_arguments(family, state)
+        state = encoder_state(content, path)
+        found = encoder_arguments(state)
     if arguments is not None and any(found.get(k) != v for k, v in arguments.items()):
         raise UserError(f"{path} is not a {name}: found {found}")
-    if family != "dinov2":
-        print_0(f"{path} is taken for an encoder of the family {family}")
+    if "family" in found:
+        print_0(f"{path} is taken for an encoder of the family {found['family']}")
     return build(make_encoder, found, state, path), found
 
 
@@ -720,11 +698,21 @@ def load_tokenizer(path, *systems, content=None):
                     + (f": its names are those of {kind}" if kind else ""))
 
 
-def require_statistics(tokenizer, path):
-    """The generator needs latent statistics; an official tokenizer's are another file."""
+def require_statistics(tokenizer, path, file=None):
+    """The generator needs latent statistics; an official tokenizer's are another file, of mean and
+    std, which is read if given."""
+    statistics = load_file(file, "latent statistics") if file else {}
+    for name, buffer in (("mean", tokenizer.latent_mean), ("std", tokenizer.latent_std)):
+        if file:
+            value = statistics.get(name)
+            fits = isinstance(value, torch.Tensor) and value.numel() == tokenizer.d
+            if not fits or not value.is_floating_point() or not value.isfinite().all():
+                raise UserError(f"{file} does not hold mean and std of {tokenizer.d} channels, "
+                                "finite numbers")
+            buffer.copy_(value.flatten())
     if not tokenizer.latent_std.any():
         raise UserError(f"{path} has no latent statistics: its stage did not finish, or it is an "
-                        "official file (sample.py --latent-stats FILE)")
+                        "official file (--latent-stats FILE)")
 
 
 # What a stage may train and leave the latents as they are; VFM-VAE's on the second line

@@ -188,6 +188,8 @@ class DINOv2(Foundation):
         if dim % 64:
             raise ValueError(f"width {dim} is not divisible by 64, the width of a head")
         self.registers, self.prefix = registers, 1 + registers
+        # of resampled: the two families of released models were trained with different ones
+        self.rule = "antialias" if registers else "scale"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
         if registers:
@@ -215,13 +217,11 @@ class DINOv2(Foundation):
         return [self.mask_token]
 
     def position_embedding(self, h, w):
-        """(1, 1 + h*w, D) for h x w patches: the stored grid, resampled. The two families of
-        released models were trained with different rules."""
+        """(1, 1 + h*w, D) for h x w patches: the stored grid, resampled."""
         if (h, w) == (self.grid, self.grid):
             return self.pos_embed
-        rule = "antialias" if self.registers else "scale"
         cls, grid = self.pos_embed[:, :1].float(), self.pos_embed[:, 1:]
-        return torch.cat([cls, resampled(grid, h, w, rule)], dim=1)
+        return torch.cat([cls, resampled(grid, h, w, self.rule)], dim=1)
 
     def embed(self, x):
         """Images, as forward takes them -> cls, registers and patch tokens (B, 1+R+N, D), with
@@ -391,6 +391,7 @@ class LatentSpace(nn.Module):
 
     Images are (B, 3, H, W) in [-1, 1] with sides divisible by 16, latents (B, d, H/16, W/16)."""
     factor = 16
+    multiple = 1  # sides of the latents must be divisible by it
 
     def __init__(self, d):
         super().__init__()
@@ -912,6 +913,31 @@ FAMILIES = {"dinov2": DINOv2, "dino": ViT, "mae": lambda **sizes: ViT(**sizes, f
 def make_encoder(family="dinov2", **arguments):
     """The encoder of one of ENCODERS' rows, or of a file's arguments."""
     return FAMILIES[family](**arguments)
+
+
+def encoder_arguments(state):
+    """Arguments of make_encoder, from a state dict's official names and shapes. ValueError where it
+    is none of the encoders."""
+    if "cls_token" not in state:
+        return {"family": "siglip"} | siglip_arguments(state)
+    found = {"dim": state["cls_token"].shape[-1],
+             "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+             "grid": math.isqrt(state["pos_embed"].shape[1] - 1)}
+    if "blocks.0.ls1.gamma" in state:
+        return found | {
+            "swiglu": "blocks.0.mlp.w12.weight" in state,
+            "registers": state["register_tokens"].shape[1] if "register_tokens" in state else 0}
+    family = "mae" if has_fixed_positions(state["pos_embed"]) else "dino"
+    return {"family": family, "patch": state["patch_embed.proj.weight"].shape[-1]} | found
+
+
+def has_fixed_positions(pos_embed):
+    """Whether a position embedding (1, 1 + g*g, D) is MAE's: its encoder has the names of DINO
+    v1's, but positions that no training has changed."""
+    _, N, D = pos_embed.shape
+    g = math.isqrt(N - 1)
+    fixed = sincos_embedding(g, g, D)
+    return g * g == N - 1 and torch.allclose(pos_embed[:, 1:].float(), fixed, atol=0.01)
 
 
 # Arguments of make_encoder; name_reg4, DINOv2's register variants, add registers=4.

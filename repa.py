@@ -6,7 +6,9 @@
            with one token more, the noised class token cls_t = (1 - t) cls + t n, n ~ N(0, I)
 
 Departures from REG's code, a SiT: LightningDiT's blocks, whose RoPE leaves the class token as it
-is; times and the velocity's loss are those of train_dit.py; the encoder sees E_p's resized image.
+is; times and the velocity's loss are those of train_dit.py; the encoder sees E_p's resized image;
+the class token shares the image's sampler and guidance scale; in a small model P is 4D wide (theirs:
+2048).
 
 The features of ImageNet, original and flipped, would be 1 TB: so the images are read in each step,
 beside the cached latents.
@@ -35,16 +37,16 @@ def extra_channels(arguments):
 
 
 class AlignedDiT(LightningDiT):
-    """align: "repa" or "reg"; width: F; projector: whether it is there, for training; sizes:
-    arguments of LightningDiT."""
+    """align: "repa" or "reg"; width: F; projector: whether it is there, for training; hidden: its
+    width inside (None: 4D, at most 2048); sizes: arguments of LightningDiT."""
 
-    def __init__(self, align, width, projector=True, **sizes):
+    def __init__(self, align, width, projector=True, hidden=None, **sizes):
         super().__init__(**sizes)
         self.arguments |= {"align": align, "width": width}
         self.width, self.extra = width, extra_channels(self.arguments)
         self.tap = max(1, round(len(self.blocks) * 8 / 28))
         if projector:
-            hidden = min(2048, 4 * self.dim)
+            hidden = hidden or min(2048, 4 * self.dim)
             self.projector = nn.Sequential(
                 nn.Linear(self.dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                 nn.Linear(hidden, width))

@@ -219,6 +219,7 @@ def load_pair(args):
     if tokenizer.d != model.d:
         raise UserError(f"the tokenizer {args.tokenizer} has {tokenizer.d} latent channels, the "
                         f"generator takes {model.d}")
+    require_statistics(tokenizer, args.tokenizer, args.latent_stats)
     if "recipe" in content:  # a checkpoint of train_dit.py
         with reading(path, "generator"):
             learned = content["recipe"]["tokenizer"]
@@ -229,16 +230,6 @@ def load_pair(args):
     elif args.time is None:
         raise UserError(f"{path} is an official checkpoint: "
                         "say which way its time runs, --time lightning or paper")
-    if args.latent_stats:
-        statistics = load_file(args.latent_stats, "latent statistics")
-        for name, buffer in (("mean", tokenizer.latent_mean), ("std", tokenizer.latent_std)):
-            value = statistics.get(name)
-            fits = isinstance(value, torch.Tensor) and value.numel() == tokenizer.d
-            if not fits or not value.is_floating_point() or not value.isfinite().all():
-                raise UserError(f"{args.latent_stats} does not hold mean and std of {tokenizer.d} "
-                                "channels, finite numbers")
-            buffer.copy_(value.flatten())
-    require_statistics(tokenizer, args.tokenizer)
     return model, tokenizer, names, content.get("recipe", {}).get("text encoder")
 
 

@@ -507,6 +507,9 @@ def test_position_embedding_rules():
     net = random_weights(DINOv2(dim=64, depth=0, grid=5))
     reg = DINOv2(dim=64, depth=0, registers=4, grid=5)
     reg.pos_embed = net.pos_embed
+    theirs = copy.deepcopy(net)  # as VFM-VAE reads them: plain models by size
+    for tower in (reg, theirs):
+        vfm_vae.FoundationEncoder(tower, (0,), 1)
     grid = net.pos_embed.detach()[0, 1:].view(5, 5, 64).numpy()
     for h, w in ((3, 7), (1, 25)):
         rows = bicubic(grid.astype(float), h, (h + 0.1) / 5, -0.75).transpose(1, 0, 2)
@@ -525,7 +528,8 @@ def test_position_embedding_rules():
     assert torch.equal(dino.position_embedding(3, 7), net.position_embedding(3, 7))
     rows = bicubic(grid.astype(float), 3, 3 / 5, -0.75).transpose(1, 0, 2)
     expected = bicubic(rows, 7, 7 / 5, -0.75).transpose(1, 0, 2).reshape(21, 64)
-    for found in (mae.position_embedding(3, 7)[0, 1:], siglip.position_embedding(3, 7)):
+    for found in (mae.position_embedding(3, 7)[0, 1:], siglip.position_embedding(3, 7),
+                  theirs.position_embedding(3, 7)[0, 1:]):
         assert np.allclose(found.detach(), expected, atol=1e-5)
 
 
@@ -565,6 +569,9 @@ def test_siglip():
     net.features(x).square().sum().backward()
     idle = {id(p) for p in net.parameters() if p.grad is None}  # DDP would wait for these
     assert idle == {id(p) for p in net.never_trains()} == {id(p) for p in head.parameters()}
+    with torch.device("meta"):
+        heads = [SigLIP(dim, 1).blocks[0].self_attn.heads for dim in (768, 1024, 1152, 1536)]
+    assert heads == [12, 16, 16, 16]
 
 
 def test_convolutional_parts():
@@ -1828,6 +1835,28 @@ def test_vfm_vae_decodes():
     assert torch.allclose(attn(x), attn.to_out(y), atol=1e-5)
 
 
+def test_vfm_vae_initialisation():
+    """As published: the style's weights over their rate, its affine maps near 2, layers and
+    attentions that hardly change their input, the projection's truncated normal."""
+    torch.manual_seed(0)
+    tok = vfm_vae.VFMVAE(None, small_vfm().arguments["synthesis"], dim=512)
+    fc, block = tok.mapping.mlp["fc0"], tok.synthesis.blocks[1]
+    layer, attention = block.conv0, block.self_attns[0]
+    for tensor, std in ((fc.weight, 100), (layer.affine_pw1.proj.weight, 1), (block.torgb.weight, 0.1),
+                        (layer.pwconv1.weight, 0.02), (layer.pwconv2.weight, 0.02),
+                        (layer.dwconv.weight, 0.02), (attention.attn.null_kv, 0.02),
+                        (tok.ldm_adapter.post_quant.blocks[0].attn.qkv.weight, 0.02),
+                        (tok.ldm_adapter.patch_quants[0][0].blocks[0].mlp.w1.weight, 0.02),
+                        (tok.ldm_adapter.linear_proj.weight, 0.5 * (2 / (32 + 512)) ** 0.5)):
+        assert abs(tensor.std() / std - 1) < 0.2, (tuple(tensor.shape), tensor.std(), std)
+    assert {*layer.affine_pw1.proj.bias.tolist()} == {1.0} and (layer.gamma == 1e-5).all()
+    for tensor in (fc.bias, attention.attn.to_out.weight, attention.ff[3].weight,
+                   tok.ldm_adapter.final_quant.blocks[0].proj.bias, layer.noise_strength):
+        assert not tensor.any()
+    with refused("zip()", kind=ValueError):
+        tok.ldm_adapter.moments([torch.zeros(1, 64, 512)] * 2, 4, 4)
+
+
 def test_vfm_vae_equivariance():
     """What each branch does to the image, the latent and the target; how often; which scales fit."""
     tok = small_vfm()
@@ -1911,9 +1940,28 @@ def test_vfm_vae_discriminator():
     ones = [[torch.zeros(1), torch.ones(2)], [torch.ones(3), torch.tensor([2.0, 4.0])]]
     assert vfm_vae.least_squares(ones, 1) == (0 + (1 + 9) / 2) / 2
     assert vfm_vae.feature_matching(ones, [[torch.ones(1), None], [torch.zeros(3), None]]) == 1
-    assert vfm_vae.hinge(torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])) == 0.25 + 0.5
+
+    torch.manual_seed(0)
+    x, main = torch.rand(1, 3, 48, 48) * 2 - 1, vfm_vae.ProjectedDiscriminator(vit).eval()
+    with patch.object(vfm_vae, "diffaug", torch.zeros_like):
+        assert torch.equal(main(x)[:, 64:], main(torch.zeros(1, 3, 32, 32))[:, 64:])
+    tower, seen = main.dino["model"]["model"], []
+    tower.patch_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    for _ in range(40):  # half of the batches are a window, of any place
+        main.features(x)
+    windows = (((x + 1) / 2 - tower.pixel_mean) / tower.pixel_std).unfold(2, 32, 1).unfold(3, 32, 1)
+    found = [(windows[0] - y[:, None, None]).abs().amax((0, 3, 4)) < 1e-5 for y in seen]
+    assert 10 < sum(place.any() for place in found) < 30
+    assert len({tuple(place.nonzero()[0].tolist()) for place in found if place.any()}) > 8
+    six = vfm_vae.ProjectedDiscriminator(vit | {"depth": 6}, augment=False)
+    assert "zip()" in error_of(six, x, kind=ValueError), "three taps for five heads"
 
     x = torch.rand(1, 3, 40, 32)
+    one, grey = torch.ones(1, 1, 1, 1), x.mean(1, keepdim=True)
+    for found, expected in ((vfm_vae.brightness(x, one), x + 0.5),
+                            (vfm_vae.saturation(x, one), 2 * x - grey),
+                            (vfm_vae.contrast(x, one), 1.5 * x - 0.5 * x.mean())):
+        assert torch.allclose(found, expected, atol=1e-6)
     moved = vfm_vae.translation(x, torch.tensor([3]), torch.tensor([-2]))
     assert torch.equal(moved[..., :37, 2:], x[..., 3:, :-2])
     assert not moved[..., 37:, :].any() and not moved[..., :2].any()
@@ -1927,27 +1975,68 @@ def test_vfm_vae_discriminator():
         with patch.multiple(vfm_vae, **off):
             a, b, _ = vfm_vae.diffaug(same_image)
         assert not torch.allclose(a, b, atol=0.01), name
+    drawn = {}  # by name: what 2000 images have drawn
+    ops = {op: lambda x, *draws, op=op: drawn.update({op: draws}) or x
+           for op in chain(*changes.values())}
+    with patch.multiple(vfm_vae, **ops):
+        vfm_vae.diffaug(torch.zeros(2000, 3, 40, 32))
+    for op in changes["colour"]:
+        assert drawn[op][0].min() < 0.01 and drawn[op][0].max() > 0.99, op
+    assert [{*draw.tolist()} for draw in drawn["translation"]] == [
+        {*range(-5, 6)}, {*range(-4, 5)}]
+    assert [{*draw.tolist()} for draw in drawn["cutout"]] == [{*range(41)}, {*range(33)}]
 
 
 def test_vfm_vae_objective():
-    """The terms of each stage and their weights; G's gradients come from its own terms, D's from
-    its loss; what the lower images, VF's weight and the last stage do."""
+    """The terms of each stage against their formulas, and their weights; G's gradients come from
+    its own terms, D's from its loss; what VF's weight and the last stage do."""
     tok, s = small_vfm(), SimpleNamespace(steps_before=7, step=0, steps=100)
     args = SimpleNamespace(w_gan=0.3, disc_start=7)
     s.tokenizer = s.ddp_tokenizer = tok
-    x, noise, target = torch.rand(2, 3, 64, 64) * 2 - 1, torch.randn(2, 8, 4, 4), None
+    # x^ leaves [-1, 1]; so do targets of black and white, bicubic as DINOv2's
+    tok.synthesis.blocks[5].torgb.weight.data *= 10
+    tok.vfm_encoder.mode = "bicubic"
+    last_layer = tok.ldm_adapter.final_quant.blocks[0].mlp.w2.weight
+    x, noise = torch.randint(2, (2, 3, 128, 128)) * 2.0 - 1, torch.randn(2, 8, 8, 8)
     always = {"multires", "g_loss", "d_loss", "d_real", "d_fake"}
     terms_of = {"strong": {"kl", "vf"}, "weak": {"kl", "vf"}, "ssim": {"ssim"},
                 "patchgan": {"patchgan", "matching"}}
     for s.stage, own in terms_of.items():
         d = vfm_vae.Discriminators(losses.PatchGAN(4), 4, last_stage=s.stage == "patchgan")
         s.discriminator = s.ddp_discriminator = d
-        with patch.object(vfm_vae, "draw_transform", return_value=vfm_vae.Transform(1.0, 1)):
+        if turned := s.stage != "patchgan":
+            transform, small = (0.5, 1), F.interpolate(x, (64, 64), mode="bicubic", antialias=True)
+            expected = small.flip(2).transpose(2, 3)
+        else:
+            x, noise, transform = x[..., :64, :64], noise[..., :4, :4], ()
+            expected = x
+        with patch.object(vfm_vae, "draw_transform", return_value=vfm_vae.Transform(0.5, 1)):
             target, recon, terms = vfm_vae.objective(s, args, x, noise)
-        assert terms.keys() == always | own
-        turned = s.stage != "patchgan"
-        assert torch.equal(target, x.flip(2).transpose(2, 3) if turned else x)
-        assert recon.is_leaf == (s.stage == "patchgan"), "then L_rec only watches"
+        assert terms.keys() == always | own and torch.allclose(target, expected, atol=1e-6)
+        assert recon.is_leaf == (not turned), "then L_rec only watches"
+
+        image, lower, moments, z_proj, last = tok(x, noise, *transform)
+        (real, real_scales), (fake, fake_scales) = d(expected), d(image)
+        (mean, logvar), unit = moments.chunk(2, 1), [v.clamp(-1, 1) for v in (expected, image)]
+        shrunk = [F.interpolate(expected, y.shape[2:], mode="bicubic", antialias=True) for y in lower]
+        by_hand = {
+            "multires": sum((a - b).abs().mean() for a, b in zip(shrunk, lower)),
+            "kl": (mean ** 2 + logvar.exp() - 1 - logvar).sum() / 2 / 2,  # a sum, of two images
+            "vf": losses.vf_loss(z_proj, last, 0, 0) if "vf" in own else None,
+            "ssim": 1 - losses.ssim(*unit).mean(), "g_loss": -fake.mean(),
+            "d_loss": F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
+            "d_real": (real > 0).float().mean(), "d_fake": (fake < 0).float().mean()}
+        if not turned:
+            pairs = list(zip(real_scales, fake_scales, strict=True))
+            by_hand["d_loss"] += sum(
+                ((r[-1] - 1) ** 2).mean() + (f[-1] ** 2).mean() for r, f in pairs) / 3
+            by_hand["patchgan"] = sum(((f[-1] - 1) ** 2).mean() for _, f in pairs) / 3
+            by_hand["matching"] = sum(
+                (r[k] - f[k]).abs().mean() for r, f in pairs for k in range(4)) / 3
+        for name, (_, value, *balance) in terms.items():
+            close(value.item(), by_hand[name].item(), 1e-5)
+            assert bool(balance) == (name == "vf") and (
+                not balance or balance[0] is last_layer and balance[1] == 1e8), name
         for name, value in {"vf": {"strong": 5, "weak": 1}.get(s.stage), "matching": 10, "g_loss": 0.3,
                             "multires": 0.1 * (s.stage == "strong"), "kl": 1e-6}.items():
             assert name not in terms or terms[name][0] == value, (s.stage, name)
@@ -1963,15 +2052,9 @@ def test_vfm_vae_objective():
     s.stage, s.step = "strong", 25
     assert vfm_vae.objective(s, args, x, noise)[2]["multires"][0] == 0, "after a quarter"
     s.step = 24
-    with patch.object(vfm_vae, "draw_transform", return_value=vfm_vae.Transform()):
-        x, recon, terms = vfm_vae.objective(s, args, x, noise)
-    _, lower, _, z_proj, last = tok(x, noise)
-    multires = sum((F.interpolate(x, y.shape[2:], mode="bilinear", antialias=True) - y).abs().mean()
-                   for y in lower)
-    close(terms["multires"][1].item(), multires.item(), 1e-5)
-    close(terms["vf"][1].item(), losses.vf_loss(z_proj, last, 0, 0).item(), 1e-5)
-    rec, layer = (x - recon).abs().mean(), tok.ldm_adapter.final_quant.blocks[0].mlp.w2.weight
-    norms = [torch.autograd.grad(f, layer, retain_graph=True)[0].norm()
+    x, recon, terms = vfm_vae.objective(s, args, x, noise)
+    rec = (x - recon).abs().mean()
+    norms = [torch.autograd.grad(f, last_layer, retain_graph=True)[0].norm()
              for f in (rec + 0.1 * terms["multires"][1], terms["vf"][1])]
     found = losses.adaptive_weight(rec, *terms["vf"][1:])
     close(found.item(), (norms[0] / (norms[1] + 1e-4)).item(), 1e-4)
@@ -2020,12 +2103,33 @@ def test_vfm_vae_files():
         assert "no latent statistics" in error_of(again.normalize, z, kind=ValueError)
     decoder = frozen(vfm_vae.load({k: v for k, v in bare.items() if "vfm_encoder" not in k}))
     assert torch.equal(decoder.decode(z), tok.decode(z))
+    # other encoders, and what the shapes tell or do not: two layers, heads that are not 64 wide
+    plain, synthesis = {"dim": 64, "depth": 2, "grid": 4}, tok.arguments["synthesis"]
+    for foundation, arguments, changed in (
+            ({"dinov2": plain | {"registers": 4}}, {"scale": 0.875, "layers": (0, 1, -1)}, {}),
+            ({"dinov2": plain | {"swiglu": True}}, {"scale": 1.75, "layers": (0, 1, -1)}, {}),
+            ({"mae": plain | {"patch": 14}}, {"scale": 0.875, "layers": (0, 1, -1)}, {}),
+            ({"dino": plain}, {"scale": 1, "layers": (0, -1)}, {"layers": (0, -1)}),
+            ({"siglip": plain | {"heads": 4}}, {
+                "layers": (0, 1, -1), "synthesis": synthesis | {
+                    "heads": 4, "blurs": (5, 5, 3, 3, 5, 3)}}, {"encoder_heads": 4})):
+        other = small_vfm(foundation=foundation, **arguments)
+        again = vfm_vae.load(other.state_dict(), **changed)
+        assert torch.equal(again.decode(again.encode(x)), other.decode(other.encode(x))), foundation
+        if "layers" in changed:
+            assert "2 layers are read" in error_of(vfm_vae.load, other.state_dict(), kind=ValueError)
+    assert vfm_vae.arguments_of(state, scale=7, layers=(0, 3, -1)).items() >= {
+        "scale": 7, "layers": (0, 3, -1)}.items()
+    ours = {"arguments": tok.arguments, "tokenizer": tok.state_dict()}
+    assert vfm_vae.load(ours, layers=(0, 3, -1)).arguments["layers"] == [0, 3, -1]
+    fewer = {k: v for k, v in state.items() if "z_convs.3" not in k}
     siglip = {k: v for k, v in tok.vfm_encoder.encoder["vision_model"].state_dict().items()}
     assert model.siglip_arguments(siglip) == {"dim": 64, "depth": 4, "hidden": 256, "patch": 16,
                                                "grid": 8}
     for words, call, *args in (
             ("can only decode", decoder.encode, x),
             ("no VFM-VAE", vfm_vae.load, siglip),
+            ("z_convs.3.2.0.weight' is missing", vfm_vae.load, fewer),
             ("no SigLIP2", model.siglip_arguments, DINOv2(64, 1, grid=4).state_dict()),
             ("scale 1.5 does not fit patches of 16 px", small_vfm, 1.5),
             ("divisible by 4, not 4x6", tok.decode, torch.zeros(1, 8, 4, 6)),
@@ -2553,6 +2657,13 @@ def test_families_of_encoders():
     torch.save(mae.state_dict(), path)
     with patch.object(files, "find_weights", lambda url, *_: path if "vit_large" in url else None):
         assert "is not a mae-l16" in error_of(load_encoder, "mae-l16")
+    with folder() as d, patch("torch.hub.get_dir", return_value=d):
+        name = "siglip2-l16-512"
+        assert f"{name}.safetensors: no such file" in error_of(load_encoder, name)
+        (d / "checkpoints").mkdir()
+        (d / "checkpoints" / f"{name}.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+        with patch.dict(sys.modules, {"safetensors.torch": None}):
+            assert "pip install safetensors" in error_of(load_encoder, name), "it is read"
     assert "no such size" in error_of(load_encoder, "random:mae-l16_reg4")
     assert "is no DINOv2: it holds ViT" in error_of(fid.load_dinov2, path)
 
@@ -3630,7 +3741,9 @@ def test_vfm_vae_trains():
     a, b = (load_file(out / "strong_step00000002.pt") for out in (again, run))
     assert (difference := same(a, b)) is None, difference
     execute(tt, *flags, "--stage", "patchgan", "--init", run / "ssim.pt", "--steps", 1, "--out",
-            TMP / "vfm-less", "--encode-images", 20)
+            TMP / "vfm-less", "--encode-images", 20, "--lr", 5e-4)
+    less = load_file(TMP / "vfm-less" / "patchgan_step00000001.pt")
+    assert {less[opt]["param_groups"][0]["lr"] for opt in ("opt_g", "opt_d")} == {5e-4}
     stay = [load_file(out)["tokenizer"]["latent_std"]
             for out in (run / "ssim.pt", TMP / "vfm-less" / "patchgan.pt")]
     assert torch.equal(*stay), "the decoder's stages keep the statistics, of whatever images"
@@ -3646,6 +3759,35 @@ def test_vfm_vae_trains():
                 "--tokenizer", run / "weak.pt", "--steps", 2, "--out", d / "images")
         assert Image.open(d / "images" / "000001.png").size == (64, 64)
 
+        # an official file: its statistics are another one; and one without the encoder
+        state = {k: v for k, v in finals[3]["tokenizer"].items() if not k.startswith("latent_")}
+        torch.save({"G_ema": state}, d / "official.pth")
+        torch.save({k: v for k, v in state.items() if "vfm_enc" not in k}, d / "decoder.pth")
+        torch.save({k: finals[3]["tokenizer"][f"latent_{k}"].view(1, 32, 1, 1)
+                    for k in ("mean", "std")}, d / "stats.pt")
+        ours = [*mini_dit(d), "--size", 64, "--steps", 1, "--out", d / "official", "--tokenizer",
+                d / "official.pth"]
+        with refused("no latent statistics", "--latent-stats FILE"):
+            execute(train_dit, *ours)
+        execute(train_dit, *ours, "--latent-stats", d / "stats.pt")
+        a, b = (load_file(d / out / "dit_step00000001.pt") for out in ("official", "dit"))
+        assert same(a["model"], b["model"]) is None, "the same latents"
+        given = ["--preset", "tiny", "--dit", d / "official" / "dit_step00000001.pt", "-n", 2,
+                 "--tokenizer", d / "official.pth", "--steps", 2, "--out", d / "more"]
+        execute(sample, *given, "--latent-stats", d / "stats.pt")
+        torch.save({"mean": torch.zeros(32), "std": torch.ones(32)}, d / "stats.pt")
+        with refused("on the latents of another tokenizer"):
+            execute(sample, *given, "--latent-stats", d / "stats.pt")
+        last = run / "patchgan.pt"
+        for script, *command in (
+                (train_dit, *mini_dit(d), "--size", 80, "--tokenizer", last, "--out", d / "none"),
+                (fid, "--recon", last, d / "data", "--size", 80),
+                (fid, "--cknna", last, d / "data", "--size", 80)):
+            with refused("divisible by 64, not 80"):
+                execute(script, *command)
+        with refused("decoder.pth", "holds no encoder"):
+            execute(fid, "--cknna", d / "decoder.pth", d / "data")
+
     for words, more in {
             ("there is no", "--stage ssim"): ["--stage", "patchgan"],
             ("is of stage strong", "continues from stage ssim"):
@@ -3657,7 +3799,11 @@ def test_vfm_vae_trains():
             ("--decoder small: --model vfmvae has tiny, paper",): ["--decoder", "small"],
             ("latent sides by 4", "not 80"): ["--size", 80],
             ("--batch-size 9", "equal groups of at most 8"): ["--batch-size", 9],
-            ("give its file", "siglip2"): ["--encoder", "siglip2-l16-512"],
+            ("siglip2-l16-512.safetensors: no such file",): ["--encoder", "siglip2-l16-512"],
+            ("encoder random:tiny14 -> random:vits14",):
+                ["--stage", "weak", "--init", run / "strong.pt", "--encoder", "random:vits14"],
+            ("--w-g is not for --model vfmvae",): ["--w-g", 0],
+            ("--vf-margins is not",): ["--vf-margins", 0, 0],
             ("is no DINOv2, SigLIP",): ["--encoder", TMP / "no-siglip.pt"],
             ("--dino", files.ENCODER_URLS["dino-s16"]): ["--dino", TMP / "nothing.pth"]}.items():
         torch.save({"vision_model.x": torch.zeros(1)}, TMP / "no-siglip.pt")
@@ -3841,6 +3987,7 @@ def test_repa_and_reg():
     fresh = repa.AlignedDiT("reg", 24, dim=32, depth=28, heads=2, d=4, grid=(2, 4))
     assert fresh.tap == 8 and not fresh(torch.randn(2, 7, 2, 4), torch.rand(2), y[:2]).any()
     assert fresh.projector[0].out_features == 128
+    assert small_aligned("repa", hidden=7).projector[2].weight.shape == (7, 7)
 
 
 def test_train_with_repa_and_reg():
@@ -4586,6 +4733,10 @@ def test_sample_flags():
                 (["--latent-stats", d / "stats.pt"], stats),
                 (["--cfg", 1], {"cfg": 1})):
             flags, changed = flags + more, changed | change
+            if change is stats:  # the generator's must be the same
+                theirs = copy.deepcopy(tokenizer)
+                files.require_statistics(theirs, "", d / "stats.pt")
+                save_dit(dit, d / "dit.pt", theirs)
             want = plain_samples(dit, tokenizer, **changed)
             assert np.abs(want - last).max() > 3, more
             execute(sample, *ours, *flags, "--overwrite")
@@ -4603,7 +4754,7 @@ def test_sample_flags():
         assert bf16.dtype == torch.float32, "the decoder's"
         assert 1 < np.abs(data.to_uint8(bf16) - last[:2]).max() < 30
 
-        save_dit(random_weights(dit, 1), d / "dit.pt", tokenizer)
+        save_dit(random_weights(dit, 1), d / "dit.pt", theirs)
         with refused("a.npz", "generator"):
             execute(sample, *ours, *flags)
         for step in (4, 12):
@@ -5211,8 +5362,8 @@ def test_fid_of_a_tokenizer():
 
 
 def test_cknna():
-    """HSIC against its sum over quadruples of images, the mask and the whole against loops, the
-    official values; a rotation of the features changes nothing; SE-CKNNA's sets."""
+    """HSIC against its sum over quadruples of images, the mask and the whole against loops; a
+    rotation of the features changes nothing; SE-CKNNA's sets, and what is read of them."""
     a, b = torch.randn(2, 7, 4, dtype=torch.float64)
     K, L = a @ a.T, b @ b.T
     total = sum(K[i, j] * (L[j, i] + L[q, r] - 2 * L[j, q])  # of distinct images
@@ -5248,11 +5399,42 @@ def test_cknna():
     assert abs(one.std() / 255 - 0.05) < 2e-3 and abs(two.std() / 255 - 0.2) < 1e-2
     again = list(fid.variants(pixels[3:5], indices[3:5]))
     assert torch.equal(again[2][2], sets[2][2][3:5]), "an image's noise is its own"
+    image = pixels[3].permute(1, 2, 0).numpy()
+    noisy = image + np.random.RandomState(42 + 3).normal(0, 0.1, (8, 8, 3)) * 255
+    assert np.array_equal(again[2][2][0].permute(1, 2, 0), noisy.clip(0, 255).astype(np.uint8))
     turned = {int(i): (p, scale) for _, chosen, x, scale in sets[5:] for i, p in zip(chosen, x)}
     assert sorted(turned) == list(range(40)) and len({s for _, s in turned.values()}) == 4
     corners = {tuple((p[0] == 255).nonzero()[0].tolist()) for p, _ in turned.values()}
     assert corners == {(0, 0), (0, 7), (7, 0), (7, 7)}
+    for i, (p, scale) in turned.items():
+        r = np.random.RandomState(42 + i)
+        expected = np.rot90(pixels[i], r.choice([0, 90, 180, 270]) // 90, (1, 2))
+        assert np.array_equal(p, expected) and scale == r.choice([1, 0.75, 0.5, 0.25])
 
+    # what is compared: samples, and the encoder's last layer, of an image that VFM-VAE alone
+    # shrinks with antialias
+    vfm = small_vfm(0.875, {"dinov2": {"dim": 64, "depth": 2, "grid": 4}}, layers=(0, 1, -1))
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (2, 3, 128, 128), dtype=torch.uint8)
+    for tok, d, antialias in ((vfm, 8, True), (small_tokenizer(), 8, False),
+                              (VAE(DECODERS["tiny"]), 32, False)):
+        x = F.interpolate(pixels / 127.5 - 1, (64, 64), mode="bilinear", antialias=antialias)
+        noise = torch.from_numpy(np.stack([
+            data.rng("cknna", i).standard_normal((16, d), np.float32) for i in (5, 9)]))
+        with torch.no_grad():
+            found = fid.latents_and_tokens(tok, pixels, torch.tensor([5, 9]), 0.5)
+            tokens, z = tok.features(x), tok.encode(x)
+            if tok is vfm:
+                z = tok.encode(x, noise.transpose(1, 2).unflatten(2, (4, 4)))
+            elif d == 32:
+                z = z + ((tokens[..., d:] / 2).exp() * noise).transpose(1, 2).unflatten(2, (4, 4))
+        assert torch.allclose(found["latents"], z.mean((2, 3)), atol=1e-5), type(tok)
+        if d == 8:
+            assert torch.allclose(found["encoder"], tokens[..., -64:].mean(1), atol=1e-5), type(tok)
+
+
+def test_cknna_fixture():
+    """The official values."""
     _, given, out = fixture("cknna")
     for name in ("AB", "AC", "AA"):
         x, y = (given[k] for k in name)
@@ -5274,11 +5456,29 @@ def test_cknna_command():
             save_checkpoint(d / "t.pt", {
                 "tokenizer": tokenizer.state_dict(), "arguments": tokenizer.arguments,
                 "recipe": {"size": 64}})
-            found = figures("--cknna", d / "t.pt", d / "a", "--reference", encoder,
-                            "--batch-size", 7)
+            with recorded(fid, "cknna") as parts, recorded(fid, "resize_pil") as by_pil:
+                found = figures("--cknna", d / "t.pt", d / "a", "--reference", encoder,
+                                "--batch-size", 7)
+            close(found["SE-CKNNA, latents"], sum(part for _, part in parts[1:6]) / 5, 1e-4)
+            assert len(by_pil) == 4 * 5, "five sets of four batches; no turned image"
             whose = ["latents"] if isinstance(tokenizer, VAE) else ["latents", "encoder"]
             assert list(found) == [f"{m}, {w}" for w in whose for m in ("CKNNA", "SE-CKNNA")]
             assert tokenizer is not own or found["CKNNA, encoder"] > 0.999 > found["CKNNA, latents"]
+        siglip = random_weights(SigLIP(64, 1, grid=2))
+        torch.save(siglip.state_dict(), d / "siglip.pt")
+        pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+        for file, net in ((encoder, own.encoder), (d / "siglip.pt", siglip)):
+            features = fid.load_reference(SimpleNamespace(judge=None, reference=str(file)), "cpu")[0]
+            side = net.grid * net.patch
+            for name, scale in (("clean", 1), ("turned", 1), ("turned", 0.5)):
+                x = F.interpolate(pixels / 255, (int(side * scale),) * 2, mode="bilinear")
+                if name == "clean":
+                    x = fid.resize_pil(pixels, side)
+                x = (x - net.pixel_mean) / net.pixel_std
+                found = features(name, pixels, scale)
+                assert torch.allclose(found, net(x)[1].mean(1), atol=1e-5), (file, name, scale)
+        with refused("quarter", "divisible by 64, not 80"):
+            execute(fid, "--cknna", d / "t.pt", d / "a", "--size", 80, "--reference", encoder)
         for words, argv in {("10 neighbours",): ["--cknna", d / "t.pt", d / "a" / "class0"],
                             ("--cknna CKPT DATA",): []}.items():
             if argv:

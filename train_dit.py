@@ -252,7 +252,7 @@ class FlowData(Dataset):
 
 def set_up(args, run, tokenizer, data, device):
     """(networks, optimiser, EMA and recipe; the latents or None)."""
-    require_statistics(tokenizer, args.tokenizer)
+    require_statistics(tokenizer, args.tokenizer, args.latent_stats)
     patch = max(1, 16 // tokenizer.factor)  # a token covers 16 px
     if args.size % (tokenizer.factor * patch):
         raise UserError(
@@ -369,6 +369,7 @@ def parse(argv=None):
     add = p.add_argument
     add("--tokenizer", default="runs/tokenizer/stage3.pt",
         help="default: %(default)s; stage 2's has the same latents; FLUX's VAE: its official file")
+    add("--latent-stats", help="file of mean and std of the latents: of an official tokenizer")
     add("--model", choices=[*DITS, *MMDITS], help="size")
     add("--out", default="runs/dit", help="the run's folder (default: %(default)s)")
     p.training_flags()

@@ -459,6 +459,8 @@ def start_vfm_vae(stage, args, data, run, device):
                                 f"stage {stage} continues from stage {before}")
             wanted = {"decoder": args.decoder, "d": args.d, "disc_ch": args.disc_ch,
                       "dino": args.dino}
+            if args.encoder_given:
+                wanted["encoder"] = args.encoder
             check_same(content["recipe"], wanted, path, "repeat them, or give another --init")
             args.encoder = content["recipe"]["encoder"]
             arguments, state = content["arguments"], content["tokenizer"]
@@ -630,6 +632,10 @@ def parse(argv=None):
                         "trains")
     args.encoder_given, args.stages = "encoder" in args.given, [1, 2, 3]
     if args.model == "vfmvae":
+        for name in ("encoder_lr", "w_g", "w_sp", "sp_loss", "sp_at", "w_kl", "w_vf", "vf_margins"):
+            if getattr(args, name) != p.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')} is not for --model vfmvae: its weights "
+                                "are those of its stages (vfm_vae.STAGES)")
         return parse_vfmvae(args)
     if args.stage in vfm_vae.STAGES:
         raise UserError(f"--stage {args.stage} goes with --model vfmvae")

@@ -9,13 +9,14 @@ Official keys: the released checkpoints load strictly and unmodified. Written fr
 the method, not from its code.
 
 Departures. One forward serves both sides of the GAN, and G learns from D before D's step; the
-released code draws the equivariance transform and runs the tokenizer twice, D first. Latents, their
-statistics and validation are of the mean, where it samples. The range of images, their crop and the
-dtypes are train_tokenizer.py's (there: [0, 1], a crop of half the side or more, the encoder always
-in bf16). A loss that is not finite stops the run; there it is patched
-up or skipped. bf16 where that uses fp16 in three blocks. DINOv2 keeps its own rule for positions.
-mapping.x_avg never moves: only truncation would read it. The last stage trains blocks 3 to 5, the
-decoder's second half: the released code names modules that do not exist, and trains nothing.
+released code draws the equivariance transform and runs the tokenizer twice, D first. Scales that
+would leave latent sides not divisible by 4 are left out. Latents, their statistics and validation
+are of the mean (theirs: samples). Images are train_tokenizer.py's: [-1, 1], crops as long as the
+short side, bicubic (theirs: [0, 1], half to all of it, LANCZOS); so are the dtypes (theirs: bf16 in
+the encoder, fp16 in three blocks). A stage starts from the EMA of the one before. A loss that is
+not finite stops the run (theirs: is patched up or skipped). mapping.x_avg never moves: only
+truncation would read it. The last stage trains blocks 3 to 5, the decoder's second half: the
+released code names modules that do not exist, and trains nothing.
 
 Legend: B batch, H W image sides, h w = H/16 W/16 latent sides, u*h u*w sides of the encoder's grid
 of tokens, N their number, D the encoder's width, d latent channels, E channels of the expansion,
@@ -28,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from losses import kl_divergence, ssim, vf_loss
-from model import DINOv2, LatentSpace, ViT, attention, make_encoder, siglip_arguments
+from losses import hinge_d, hinge_g, kl_divergence, ssim, vf_loss
+from model import DINOv2, LatentSpace, ViT, attention, encoder_arguments, make_encoder
 
 # ---- the foundation encoder, frozen
 
@@ -46,6 +47,8 @@ class FoundationEncoder(nn.Module):
         self.layers, self.scale = layers, scale
         # of all resizing around it
         self.mode = "bicubic" if isinstance(tower, DINOv2) else "bilinear"
+        if self.mode == "bicubic" and not tower.registers:
+            tower.rule = "size"  # of its positions, as in transformers
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -183,7 +186,7 @@ class LDMAdapter(nn.Module):
     def moments(self, features, h, w):
         """The layers' tokens, (B, N, D) each -> mean | log-variance of z (B, 2d, h, w)."""
         u, maps = self.unshuffle, []
-        for quant, tokens in zip(self.patch_quants, features):
+        for quant, tokens in zip(self.patch_quants, features, strict=True):
             y = to_map(quant(tokens), u * h, u * w)  # (B, 64, u*h, u*w)
             maps.append(F.pixel_unshuffle(y, u))  # (B, 64*u*u, h, w)
         y = to_tokens(torch.cat(maps, dim=1))  # (B, h*w, layers*64*u*u)
@@ -255,9 +258,9 @@ class ModulatedConv(nn.Module):
     """A 1x1 convolution whose weights the style scales: W'[b,o,i] = W[o,i] s[b,i], divided by the
     norm of each output channel, sqrt(sum_i W'^2 + 1e-8)."""
 
-    def __init__(self, c_in, c_out, std=0.02):
+    def __init__(self, c_in, c_out):
         super().__init__()
-        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(c_out, c_in, 1, 1), std=std))
+        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(c_out, c_in, 1, 1), std=0.02))
         self.bias = nn.Parameter(torch.zeros(1, c_out, 1, 1))
 
     def forward(self, x, s, demodulate=True):  # x (B, C, H, W), s (B, C)
@@ -300,9 +303,7 @@ class ConvNeXtLayer(nn.Module):
     def forward(self, x, w):
         y = self.dwconv(x)
         if hasattr(self, "noise_const"):
-            noise = self.noise_const[None, None]
-            if noise.shape[-2:] != y.shape[-2:]:
-                noise = F.interpolate(noise, y.shape[-2:], mode="bilinear")
+            noise = F.interpolate(self.noise_const[None, None], y.shape[-2:], mode="bilinear")
             y = y + self.noise_strength * noise
         y = self.pwconv1(self.norm(y), self.affine_pw1(w))  # (B, 4C, H, W)
         return x + self.gamma * self.pwconv2(F.gelu(y))
@@ -323,12 +324,10 @@ class UpsampleConv(nn.Module):
         self.register_buffer("blur_weight", kernel.expand(c_out, 1, -1, -1).clone())
 
     def forward(self, x):
-        if not self.norm_last:
-            x = self.norm(x)
+        x = x if self.norm_last else self.norm(x)
         x = self.pointwise(self.depthwise(x))  # (B, 4C, H, W)
         x = F.pixel_shuffle(x, 2)  # (B, C, 2H, 2W)
-        if self.norm_last:
-            x = self.norm(x)
+        x = self.norm(x) if self.norm_last else x
         C, _, k, _ = self.blur_weight.shape
         return F.conv2d(F.pad(x, [k // 2] * 4, mode="replicate"), self.blur_weight, groups=C)
 
@@ -358,17 +357,17 @@ class NullAttention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         y = self.norm(x)
-        q, k, v = (f(y).view(B, self.heads, -1, H * W).transpose(2, 3)  # (B, 8, H*W, C/8)
+        q, k, v = (f(y).view(B, self.heads, -1, H * W).transpose(2, 3)  # (B, heads, H*W, C/heads)
                    for f in (self.to_q, self.to_k, self.to_v))
         null_k, null_v = self.null_kv[:, None, :, None].expand(-1, B, -1, -1, -1).to(k.dtype)
-        k, v = torch.cat([null_k, k], dim=2), torch.cat([null_v, v], dim=2)  # (B, 8, 1+H*W, C/8)
+        k, v = torch.cat([null_k, k], dim=2), torch.cat([null_v, v], dim=2)  # 1+H*W
         return self.to_out(attention(q, k, v).transpose(2, 3).reshape(B, C, H, W))
 
 
 class AttentionLayer(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, heads):
         super().__init__()
-        self.attn = NullAttention(c)
+        self.attn = NullAttention(c, heads)
         self.ff = nn.Sequential(
             ChannelRMSNorm(c), nn.Conv2d(c, 4 * c, 1), nn.GELU(), nn.Conv2d(4 * c, c, 1))
         nn.init.zeros_(self.ff[3].weight)
@@ -383,14 +382,14 @@ class SynthesisBlock(nn.Module):
 
     c_prev, c_z, c: channels of the block before (0: the first), the injection, this block."""
 
-    def __init__(self, c_prev, c_z, c, style, layers, kernel, attentions, noise, blur):
+    def __init__(self, c_prev, c_z, c, style, layers, kernel, attentions, noise, blur, heads):
         super().__init__()
         # the misspelt name is the official key; block 0 alone normalises last
         self.seperate_upsample_conv = UpsampleConv(c_prev + c_z, c, blur, norm_last=not c_prev)
         self.conv0 = ConvNeXtLayer(c, style, kernel, noise)
         self.convs1 = nn.ModuleList(
             ConvNeXtLayer(c, style, kernel, noise) for _ in range(layers - 1))
-        self.self_attns = nn.ModuleList(AttentionLayer(c) for _ in range(attentions))
+        self.self_attns = nn.ModuleList(AttentionLayer(c, heads) for _ in range(attentions))
         self.torgb = ToRGB(c, style)
         if c_prev:
             self.last_upsample_conv = UpsampleConv(c_prev, c, blur)
@@ -429,16 +428,18 @@ class Synthesis(nn.Module):
     """t and w -> images at six resolutions. All tuples run from block 0, at h/2, to block 5, at 16h.
 
     channels, layers, kernels, attentions: of the blocks; injections: channels of the first four;
-    noise: side of block 0's fixed noise, 8 in released checkpoints, 0 for none."""
+    noise: side of block 0's fixed noise, 8 in released checkpoints, 0 for none; heads: of all
+    attentions; blurs: widths of the fixed blurs."""
 
-    def __init__(self, expansion, style, channels, injections, layers, kernels, attentions, noise):
+    def __init__(self, expansion, style, channels, injections, layers, kernels, attentions, noise,
+                 heads=8, blurs=(3, 3, 3, 5, 5, 5)):
         super().__init__()
         self.z_convs = nn.ModuleList(
             injection(i, expansion, m) for i, m in enumerate(injections))
         before, injected = [0, *channels], [*injections, 0, 0]
         self.blocks = nn.ModuleList(
             SynthesisBlock(before[i], injected[i], channels[i], style, layers[i], kernels[i],
-                           attentions[i], noise << i, blur=3 if i < 3 else 5)
+                           attentions[i], noise << i, blurs[i], heads)
             for i in range(len(channels)))
 
     def forward(self, t, w):
@@ -468,9 +469,7 @@ class Transform(NamedTuple):
 def draw_transform(h, w):
     """One Transform for a process's whole micro-batch with latent sides h, w: the latent branch half
     of the time; else the prior branch, which changes a quarter of its batches and turns nothing.
-
-    Scales that would leave sides not divisible by 4 are left out. It draws from torch's generator,
-    whose state a checkpoint keeps."""
+    It draws from torch's generator, whose state a checkpoint keeps."""
     branch, pick, other = torch.rand(3).tolist()
     scales = [s for s in (0.25, 0.5, 0.75, 1.0) if not (h * s % 4 or w * s % 4)]
     smaller = scales[:-1]
@@ -496,6 +495,7 @@ class VFMVAE(LatentSpace):
     foundation: {family: arguments} of an encoder, or None for decoding only; dim: D; layers, scale:
     see FoundationEncoder; width, expansion, linear_proj: see LDMAdapter; style: S; synthesis:
     arguments of Synthesis."""
+    multiple = 4
 
     def __init__(self, foundation, synthesis, d=32, dim=1024, layers=(0, 12, -1), scale=2,
                  width=64, expansion=512, style=512, linear_proj=True):
@@ -520,20 +520,21 @@ class VFMVAE(LatentSpace):
         self.synthesis = Synthesis(expansion, style, **synthesis)
 
     @staticmethod
-    def in_checkpoint(content):
-        """(arguments, state dict) of a VFM-VAE in a checkpoint's content, ours or an official one;
-        None where there is none."""
+    def in_checkpoint(content, **changed):
+        """(arguments, state dict) of a VFM-VAE in a checkpoint's content, ours or an official one,
+        or None. changed: see arguments_of."""
         if "foundation" in content.get("arguments", {}):
-            return content["arguments"], content["tokenizer"]
+            return content["arguments"] | changed, content["tokenizer"]
         state = content.get("G_ema", content)
         if "mapping.x_avg" not in state:
             return None
         # the latent statistics of official files are a file of their own: zero here
         zeros = torch.zeros(state["ldm_adapter.post_quant.blocks.0.norm1.weight"].shape)
-        return arguments_of(state), {"latent_mean": zeros, "latent_std": zeros.clone(), **state}
+        state = {"latent_mean": zeros, "latent_std": zeros.clone()} | state
+        return arguments_of(state, **changed), state
 
     def features(self, x):
-        """The layers' tokens side by side, before the projection: (B, N, layers*D)."""
+        """The layers' tokens as one tensor, like every tokenizer's features: (B, N, layers*D)."""
         H, W = x.shape[-2:]
         if H % self.factor or W % self.factor:
             raise ValueError(f"image sides must be divisible by {self.factor}, not {H}x{W}")
@@ -546,8 +547,7 @@ class VFMVAE(LatentSpace):
         features = tokens.chunk(len(self.arguments["layers"]), dim=2)
         return self.ldm_adapter.moments(features, h, w)
 
-    def adapt(self, tokens, h, w):
-        """Tokens (B, N, layers*D) -> z (B, d, h, w): the mean."""
+    def adapt(self, tokens, h, w):  # z (B, d, h, w): the mean
         return self.moments(tokens, h, w)[:, :self.d]
 
     def encode(self, x, noise=None):
@@ -561,9 +561,8 @@ class VFMVAE(LatentSpace):
         """z (B, d, h, w) -> the image (B, 3, H, W), and the five lower ones, from large to small.
         ValueError unless h and w are divisible by 4."""
         h, w = z.shape[-2:]
-        if h % 4 or w % 4:
-            raise ValueError(f"latent sides must be divisible by 4, not {h}x{w}: image sides by "
-                             f"{4 * self.factor}")
+        if h % self.multiple or w % self.multiple:
+            raise ValueError(f"latent sides must be divisible by 4, not {h}x{w}: image sides by 64")
         t = self.ldm_adapter.expand(z)  # (B, E, h, w)
         return self.synthesis(t, self.mapping(t))
 
@@ -593,9 +592,10 @@ class VFMVAE(LatentSpace):
         return [(block, "forward") for block in self.synthesis.blocks]
 
 
-def arguments_of(state):
-    """VFMVAE's arguments, from a state dict's names and shapes. The layers that are read are taken
-    for the first, the middle and the last."""
+def arguments_of(state, encoder_heads=None, **changed):
+    """VFMVAE's arguments, from a state dict's names and shapes; `changed` goes before them. They do
+    not tell which layers are read (three: the first, the middle, the last; otherwise ValueError),
+    nor the heads of an encoder that are not 64 wide."""
     def numbers(prefix):
         """How many modules stand in the list `prefix`."""
         return len({k.removeprefix(prefix).split(".")[0] for k in state if k.startswith(prefix)})
@@ -603,14 +603,18 @@ def arguments_of(state):
     shapes, adapter = {k: list(v.shape) for k, v in state.items()}, "ldm_adapter."
     tower = "vfm_encoder.encoder.vision_model."
     inner = {k.removeprefix(tower): v for k, v in state.items() if k.startswith(tower)}
-    foundation = {"siglip": siglip_arguments(inner)} if inner else None
-    patch, depth = 16, 24
+    foundation, patch, depth = None, 16, 24
     if inner:
-        patch, depth = foundation["siglip"]["patch"], foundation["siglip"]["depth"]
+        arguments = encoder_arguments(inner) | ({"heads": encoder_heads} if encoder_heads else {})
+        patch, depth = arguments.get("patch", DINOv2.patch), arguments["depth"]
+        foundation = {arguments.pop("family", "dinov2"): arguments}
     blocks = [f"synthesis.blocks.{i}." for i in range(numbers("synthesis.blocks."))]
     noise = shapes.get("synthesis.blocks.0.conv0.noise_const", [0])[0]
+    # k: where in each z_conv its last 1x1 map stands
     injections = [shapes[f"synthesis.z_convs.{i}.{k}.0.weight"][0] for i, k in enumerate("2212")]
     synthesis = {
+        "heads": next((v[1] for k, v in shapes.items() if k.endswith("null_kv")), 8),
+        "blurs": [shapes[b + "seperate_upsample_conv.blur_weight"][-1] for b in blocks],
         "channels": [shapes[b + "conv0.gamma"][1] for b in blocks], "injections": injections,
         "layers": [1 + numbers(b + "convs1.") for b in blocks],
         "kernels": [shapes[b + "conv0.dwconv.weight"][-1] for b in blocks],
@@ -621,27 +625,31 @@ def arguments_of(state):
              "linear_proj": adapter + "linear_proj.weight" in state}
     if found["linear_proj"]:
         found["dim"] = shapes[adapter + "linear_proj.weight"][0]
-    layers = numbers(adapter + "patch_quants.")
-    if layers:
+    if number := numbers(adapter + "patch_quants."):
+        layers = changed.get("layers", [0, depth // 2, -1])
+        if len(layers) != number:
+            raise ValueError(f"{number} layers are read: say which, load(..., layers=)")
         width, dim = shapes[adapter + "patch_quants.0.0.blocks.0.proj.weight"]
         into = shapes[adapter + "final_quant.blocks.0.proj.weight"][1]
-        found |= {"width": width, "dim": dim, "layers": [0, depth // 2, -1],
-                  "scale": math.isqrt(into // (layers * width)) * patch / 16}
-    return found
+        found |= {"width": width, "dim": dim, "layers": layers,
+                  "scale": math.isqrt(into // (number * width)) * patch / 16}
+    return found | changed
 
 
-def load(source):
+def load(source, **changed):
     """A state dict, an official checkpoint's content, or a path -> VFMVAE on the CPU, in eval mode,
-    built from names and shapes. Without the encoder's tensors it can only decode. ValueError where
-    it is no VFM-VAE."""
+    built from names and shapes. changed: what they do not tell, see arguments_of. Without the
+    encoder's tensors it can only decode. ValueError where it is no VFM-VAE."""
     if not isinstance(source, dict):
         source = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    found = VFMVAE.in_checkpoint(source)
+    try:
+        found = VFMVAE.in_checkpoint(source, **changed)
+    except KeyError as e:
+        raise ValueError(f"no VFM-VAE of this layout: {e} is missing") from None
     if not found:
         raise ValueError("no VFM-VAE: mapping.x_avg is missing")
-    arguments, state = found
-    tokenizer = VFMVAE(**arguments)
-    tokenizer.load_state_dict(state)
+    tokenizer = VFMVAE(**found[0])
+    tokenizer.load_state_dict(found[1])
     return tokenizer.eval()
 
 
@@ -814,8 +822,8 @@ class ProjectedDiscriminator(nn.Module):
 
     def forward(self, x):
         """(B, 3, H, W) in [-1, 1] -> logits (B, 5*N)."""
-        x = diffaug(x) if self.augment else x
-        return torch.cat([head(f) for head, f in zip(self.heads, self.features(x))], dim=1)
+        taps = self.features(diffaug(x) if self.augment else x)
+        return torch.cat([head(f) for head, f in zip(self.heads, taps, strict=True)], dim=1)
 
 
 class MultiScalePatchGAN(nn.Module):
@@ -869,11 +877,6 @@ class Discriminators(nn.Module):
 
 # ---- the GAN's losses
 
-def hinge(real, fake):
-    """L_D = E relu(1 - D(x)) + E relu(1 + D(x^)) of logits, not halved as in losses.hinge_d."""
-    return F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
-
-
 def least_squares(scales, target):
     """LSGAN's side of a MultiScalePatchGAN's outputs: mean (D - target)^2 over the patches, averaged
     over the scales."""
@@ -891,8 +894,8 @@ def feature_matching(real, fake):
 
 # What trains, learning rate, images seen in the stage, whether there is equivariance, and the
 # weights of the losses (WEIGHTS). l1 and lpips make L_rec, which train_tokenizer.py adds; VF's
-# is times the adaptive weight; multires holds for the first quarter of the stage; the PatchGAN
-# brings 10 times feature matching. The released code counts the stages from 0.
+# is times the adaptive weight; the PatchGAN brings 10 times feature matching. The released code
+# counts the stages from 0.
 WEIGHTS = ("l1", "lpips", "ssim", "multires", "vf", "kl", "gan", "patchgan")
 ALL = ("ldm_adapter", "mapping", "synthesis")
 DECODER = ("ldm_adapter.post_quant", "mapping", "synthesis")
@@ -901,7 +904,7 @@ STAGES = {
     name: {"trains": trains, "lr": lr, "images": images, "equivariance": turned}
     | dict(zip(WEIGHTS, weights))
     for name, trains, lr, images, turned, weights in (
-        #                                              l1 lpips ssim multires vf  kl  gan patchgan
+        # multires only in the first quarter           l1 lpips ssim multires vf  kl  gan patchgan
         ("strong", ALL, 1e-4, 20e6, True,              (1, 10,   0,   0.1,    5, 1e-6, 1, 0)),
         ("weak", ALL, 1e-4, 20e6, True,                (1, 10,   0,   0,      1, 1e-6, 1, 0)),
         ("ssim", DECODER, 5e-5, 1e6, True,             (1, 2,    1,   0,      0, 0,    1, 0)),
@@ -916,11 +919,8 @@ def ema_decay(images, batch):
 
 def multi_resolution(target, lower, mode):
     """Sum of the L1 of the five lower images against the target, shrunk to each."""
-    total = 0
-    for image in lower:
-        small = F.interpolate(target, image.shape[-2:], mode=mode, antialias=True)
-        total = total + (small - image.float()).abs().mean()
-    return total
+    small = [F.interpolate(target, y.shape[-2:], mode=mode, antialias=True) for y in lower]
+    return sum((x - y.float()).abs().mean() for x, y in zip(small, lower))
 
 
 def gan_terms(s, weights, w_gan, x, recon):
@@ -928,11 +928,11 @@ def gan_terms(s, weights, w_gan, x, recon):
     frozen D: one backward pass serves both."""
     real, real_scales = s.ddp_discriminator(x)
     fake, fake_scales = s.ddp_discriminator(recon.detach())
-    d_loss = hinge(real, fake)
+    d_loss = 2 * hinge_d(real, fake)  # here not halved
     s.discriminator.requires_grad_(False)
     logits, scales = s.discriminator(recon)
     s.discriminator.requires_grad_(True)
-    terms = {"g_loss": (w_gan * weights["gan"], -logits.float().mean())}  # L_G = -E D(x^)
+    terms = {"g_loss": (w_gan * weights["gan"], hinge_g(logits))}
     if weights["patchgan"]:
         d_loss = d_loss + least_squares(real_scales, 1) + least_squares(fake_scales, 0)
         matching = feature_matching(real_scales, scales)
@@ -943,10 +943,10 @@ def gan_terms(s, weights, w_gan, x, recon):
 
 
 def objective(s, args, x, noise):
-    """As train_tokenizer.aligntok_objective: the images to paint, x^, and the terms beside L_rec =
-    L1 + w_p LPIPS. args.w_gan: 1, or less where L_rec lacks LPIPS; args.disc_start: 0, or the step
-    of all stages at which the GAN begins. s.stage: of STAGES; s.discriminator: a Discriminators;
-    noise: (B, d, h, w), standard normal."""
+    """As train_tokenizer.aligntok_objective, which says what a term is: the images to paint, x^, and
+    the terms beside L_rec = L1 + w_p LPIPS. args.w_gan: 1, or less where L_rec lacks LPIPS;
+    args.disc_start: 0, or the step of all stages at which the GAN begins. s.stage: of STAGES;
+    s.discriminator: a Discriminators; noise: (B, d, h, w), standard normal."""
     weights, mode = STAGES[s.stage], s.tokenizer.vfm_encoder.mode
     transform = draw_transform(*noise.shape[-2:]) if weights["equivariance"] else Transform()
     recon, lower, moments, z_proj, tokens = s.ddp_tokenizer(x, noise, *transform)
@@ -963,11 +963,11 @@ def objective(s, args, x, noise):
         terms["vf"] = (weights["vf"], vf_loss(z_proj, tokens, 0, 0), last_layer, 1e8,
                        w_multires * multires)
     if weights["ssim"]:
-        similarity = ssim(x, recon.float().clamp(-1, 1)).mean()
+        similarity = ssim(x.clamp(-1, 1), recon.float().clamp(-1, 1)).mean()
         terms["ssim"] = (weights["ssim"], 1 - similarity)
     if s.steps_before + s.step >= args.disc_start:
         terms |= gan_terms(s, weights, args.w_gan, x, recon)
-    if not weights["l1"]:  # only logged: L_rec's gradient ends here
+    if not weights["l1"]:  # L_rec is only logged: the gradient that training_step takes ends here
         recon = recon.detach().requires_grad_()
     return x, recon, terms
 
