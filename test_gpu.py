@@ -488,7 +488,7 @@ def tiny_scripts():
         complete("sample.py", *tiny[:2], "--dit", d / f"dit/dit_step{saved + 10:08d}.pt",
                  "--tokenizer", d / "alone/stage3.pt", "-n", 64, "--steps", 8, "--out", d / "s.npz")
         complete("fid.py", "--probe", d / "alone/stage3.pt", "shapes", "shapes")
-        complete("fid.py", "shapes", d / "s.npz", "--features", "dinov2", "--dinov2",
+        complete("fid.py", d / "s.npz", d / "s.npz", "--features", "dinov2", "--encoder",
                  d / "alone/stage3.pt")
         yield "sample.py, fid.py", 0, 0
         complete_ranks(ranks)
