@@ -181,12 +181,11 @@ case $row in
     stage12 | vfmvae | repa* | reg*) on_the_way=yes ;;
     vae | vavae) on_the_way=$curves ;;
 esac
-if [ "$row" != stage123 ] && [ $on_the_way = yes ] && [ ! -f "$dit/done800" ]; then  # the last two checkpoints stay
-    later train_dit.py "${generator[@]}" --steps "$(n 800)"
-    fd plain400 400 5000 1 20
-    fd plain800 800 5000 1 20
-    now
-    touch "$dit/done800"
+if [ "$row" != stage123 ] && [ $on_the_way = yes ]; then
+    for steps in 400 800; do
+        [ -f "$runs/plain$steps.json" ] || later train_dit.py "${generator[@]}" --steps "$(n $steps)"
+        fd plain$steps $steps 5000 1 20
+    done
 fi
 if [ "$row" != stage123 ] && [ ! -f "$dit/done1600" ]; then
     later train_dit.py "${generator[@]}" --steps "$(n 1600)"
