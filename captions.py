@@ -42,6 +42,7 @@ from files import (
     UserError,
     gather,
     print_0,
+    ranges,
     rank_and_world,
     reading,
     sha256,
@@ -188,7 +189,9 @@ def decode(content, name, shard):
 
 class _Indexer:
     """What a loader reads: item i reads shard i through, and returns the text of its error, or
-    "". What is kept of a shard is made anew where the shard has changed since, or it is damaged."""
+    "". What is kept of a shard is made anew where the shard has changed since, or it is damaged, or
+    older code has made it."""
+    version = 2  # of read_shard
 
     def __init__(self, todo):
         self.todo = todo
@@ -203,11 +206,13 @@ class _Indexer:
                 now = path.stat()
             try:
                 then = json.loads(kept.read_bytes())
-                if (then["size"], then["time"]) == (now.st_size, now.st_mtime_ns):
+                known = then["version"], then["size"], then["time"]
+                if known == (self.version, now.st_size, now.st_mtime_ns):
                     return ""
             except (OSError, ValueError, TypeError, KeyError):
                 pass
-            content = {"size": now.st_size, "time": now.st_mtime_ns} | read_shard(path)
+            content = {"version": self.version, "size": now.st_size, "time": now.st_mtime_ns}
+            content |= read_shard(path)
             write_atomically(kept, lambda f: f.write(json.dumps(content).encode()))
         except UserError as e:
             return str(e)
@@ -294,6 +299,9 @@ class Words:
         """{number of tokens: how many prompts are longer, and lose what is beyond}."""
         return Counter(self.L for prompt in prompts if len(self.known(prompt)) > self.L)
 
+    def rest(self):
+        pass
+
     def __call__(self, prompts):
         """n prompts -> rows (n, L*T + P) float32."""
         text = np.zeros((len(prompts), self.L, self.T), np.float32)
@@ -339,7 +347,8 @@ class ClipT5:
             self.sources.append((folder, model))
             weights = set(folder.glob("*.safetensors")) or set(folder.glob("*.bin"))
             texts = {path for path in words.iterdir() if path.suffix in (".json", ".txt", ".model")}
-            files += sorted({folder / "config.json"} | texts | weights, key=lambda path: path.name)
+            files += sorted({folder / "config.json"} | texts | weights,
+                            key=lambda path: (path.name, path.parent == words))
         self.P, self.T = widths
         self.identity = on_rank_0(lambda: digest([str(length), *map(sha256, files)]))
 
@@ -353,8 +362,13 @@ class ClipT5:
             if report["missing_keys"]:
                 raise UserError(f"{folder} is no {model.__name__}: it lacks "
                                 f"{shown(sorted(report['missing_keys']))}")
-            found.append(network.float().requires_grad_(False).eval().to(self.device))
+            found.append(network.float().requires_grad_(False).eval())
         return found
+
+    def rest(self):
+        """Leaves the device until the next call: T5-XXL takes 19 GB of it."""
+        for network in self.networks:
+            network.to("cpu")
 
     def cut(self, prompts):
         """{number of tokens: how many prompts are longer, and lose what is beyond}."""
@@ -369,7 +383,7 @@ class ClipT5:
         for tokenizer, network, length in zip(self.tokenizers, self.networks, (77, self.L)):
             ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
                             return_tensors="pt")["input_ids"]
-            outputs.append(network(input_ids=ids.to(self.device)))
+            outputs.append(network.to(self.device)(input_ids=ids.to(self.device)))
         pooled, text = outputs[0].pooler_output, outputs[1].last_hidden_state
         return torch.cat([text.flatten(1), pooled], dim=1).float().cpu().numpy()
 
@@ -382,18 +396,27 @@ def warn_of_cut(cut):
 
 
 class Rows:
-    """The rows of prompts, and of the empty one as the last, each encoded when it is asked for:
-    with T5-XXL a row is 4 MiB."""
+    """The rows of prompts, and of the empty one as the last. `ahead` are encoded at once, when the
+    first of them is asked for, and the encoder rests in between: with T5-XXL a row is 4 MiB."""
 
-    def __init__(self, encoder, prompts):
-        self.encoder, self.prompts = encoder, [*prompts, ""]
+    def __init__(self, encoder, prompts, ahead=256):
+        self.encoder, self.prompts, self.ahead, self.known = encoder, [*prompts, ""], ahead, {}
 
     def __len__(self):
         return len(self.prompts)
 
+    def row(self, i):
+        if i not in self.known:
+            chosen = [*range(max(i, 0), min(i + self.ahead, len(self) - 1)), -1]
+            self.known = {}
+            for batch in ranges(len(chosen), 32):
+                some = [chosen[j] for j in batch]
+                self.known |= zip(some, self.encoder([self.prompts[j] for j in some]))
+            self.encoder.rest()
+        return self.known[i]
+
     def __getitem__(self, indices):
-        distinct, which = np.unique(indices, return_inverse=True)
-        return self.encoder([self.prompts[i] for i in distinct])[which]
+        return np.stack([self.row(i) for i in indices.tolist()])
 
 
 def cached_text(path, encoder, captions, batch_size, overwrite):

@@ -241,8 +241,8 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 
 
 def list_images(root, types=IMAGE_TYPES, kind="images"):
-    """The image files below a folder, sorted by path, and what else is there. types: or the files
-    of other suffixes; kind is what they are.
+    """The image files below a folder, sorted by path, and what else is there. types: their
+    suffixes, or those of other files; kind: how an error calls them.
 
     (parts, ignored). A part is (a folder directly in root, or "" for files in root itself; their
     paths from root, each with a zero byte behind it). ignored: counts of other files by suffix, of

@@ -132,11 +132,15 @@ def reading(path, kind):
         raise
     except FileNotFoundError:
         raise UserError(f"{kind} not found: {path}") from None
+    except ImportError as e:  # of a package that a reader of transformers would need
+        raise UserError(f"a package is lacking for the {kind} {path}: {' '.join(str(e).split())}"
+                        ) from None
     except Exception as e:  # a decoder may raise anything
         if failure := system_failure(e):
             raise SystemFailure(f"cannot read {kind} {path}: {failure}") from e
         tells = isinstance(e, (ValueError, OSError)) and str(e)
-        reason = f"{'' if tells else type(e).__name__ + ' '}{e}".splitlines()[0].strip()[:200]
+        text = f"{'' if tells else type(e).__name__ + ' '}{e}"
+        reason = text.strip().splitlines()[0].strip()[:200]
         raise UserError(f"unreadable {kind} {path} (damaged, or not what it should be): "
                         f"{reason}") from e
 
@@ -698,9 +702,9 @@ def load_tokenizer(path, *systems, content=None):
                     + (f": its names are those of {kind}" if kind else ""))
 
 
-def require_statistics(tokenizer, path, file=None):
+def ensure_statistics(tokenizer, path, file=None):
     """The generator needs latent statistics; an official tokenizer's are another file, of mean and
-    std, which is read if given."""
+    std, which is read into it if given."""
     statistics = load_file(file, "latent statistics") if file else {}
     for name, buffer in (("mean", tokenizer.latent_mean), ("std", tokenizer.latent_std)):
         if file:

@@ -916,8 +916,8 @@ def make_encoder(family="dinov2", **arguments):
 
 
 def encoder_arguments(state):
-    """Arguments of make_encoder, from a state dict's official names and shapes. ValueError where it
-    is none of the encoders."""
+    """Arguments of make_encoder, from a state dict's official names and shapes. ValueError or
+    KeyError where it is none of the encoders."""
     if "cls_token" not in state:
         return {"family": "siglip"} | siglip_arguments(state)
     found = {"dim": state["cls_token"].shape[-1],

@@ -195,9 +195,9 @@ def checkpoint_activations(blocks):
 
 
 def by_parts(f, x, pixels):
-    """f(x) of a batch, a few images at once: 32 of 256 px. pixels: of an image. The decoder's layers
-    at full size take 140 MB for each of these; and CUDA's up-sampling fails at 2**31 numbers, which
-    are 64 images of 512 px."""
+    """f(x) of a batch, a few images at once: 32 of 256 px. pixels: of an image. LDM's decoder takes
+    140 MB for each image there; and CUDA's up-sampling fails at 2**31 numbers, which are 64 images
+    of 512 px."""
     return torch.cat([f(few) for few in x.split(max(1, 2 ** 21 // pixels))])
 
 
@@ -676,11 +676,11 @@ def launch(main):
         if isinstance(e, dist.DistBackendError):
             sys.exit("error: another rank has stopped, or the network between them: "
                      f"{first_line(e)}")
-        if re.search(r"C(\+\+)? compiler|Compiler: .* not found|working triton|triton GPU compiler|"
-                     r"CalledProcessError.*cc", str(e)):
+        if short := re.search(r".*(C(\+\+)? compiler|Compiler: .* not found|working triton|triton GPU "
+                              r"compiler|CalledProcessError.*\b(g?cc|clang)\b).*", str(e)):
             sys.exit("error: --compile (on GPUs the default) takes a C++ compiler, such as g++, "
                      "and on GPUs Triton and Python's headers; --no-compile does without: "
-                     f"{first_line(e)}")
+                     f"{short[0].strip()}")
         if str(e).startswith("DataLoader worker"):  # torch raises it anywhere in main
             sys.exit("error: a process that loads images has died (short of memory? fewer "
                      f"--workers?): {e}")

@@ -50,6 +50,7 @@ from files import (
     UserError,
     build,
     dit_arguments,
+    ensure_statistics,
     fingerprint,
     kind_of,
     load_file,
@@ -61,7 +62,6 @@ from files import (
     read_record,
     reading,
     require,
-    require_statistics,
     sha256,
     unwrapped,
     write_atomically,
@@ -219,7 +219,7 @@ def load_pair(args):
     if tokenizer.d != model.d:
         raise UserError(f"the tokenizer {args.tokenizer} has {tokenizer.d} latent channels, the "
                         f"generator takes {model.d}")
-    require_statistics(tokenizer, args.tokenizer, args.latent_stats)
+    ensure_statistics(tokenizer, args.tokenizer, args.latent_stats)
     if "recipe" in content:  # a checkpoint of train_dit.py
         with reading(path, "generator"):
             learned = content["recipe"]["tokenizer"]

@@ -1544,7 +1544,7 @@ def test_vae():
         assert torch.equal(again.encode(x), mean) and torch.equal(again.decode(z), vae.decode(z))
         assert again(x, noise)[2] is None  # a plain VAE
         assert "latent statistics" in error_of(again.normalize, z, kind=ValueError)
-        assert "--latent-stats" in error_of(files.require_statistics, again, path)
+        assert "--latent-stats" in error_of(files.ensure_statistics, again, path)
     assert "not a tokenizer" in error_of(load_tokenizer, path)  # no system was named that knows it
     vae.quant_conv.bias[8:10] = torch.tensor([99.0, -99.0])  # log-variances beyond their clamp
     with patch.object(vae, "decode", lambda z: z):
@@ -2122,6 +2122,12 @@ def test_vfm_vae_files():
         "scale": 7, "layers": (0, 3, -1)}.items()
     ours = {"arguments": tok.arguments, "tokenizer": tok.state_dict()}
     assert vfm_vae.load(ours, layers=(0, 3, -1)).arguments["layers"] == [0, 3, -1]
+    dino = small_vfm(foundation={"dinov2": plain}, scale=0.875, layers=(0, 1, -1))
+    older = {k: v for k, v in dino.arguments.items() if k != "positions"}
+    for rule, source in (("size", dino.state_dict()), ("scale", {
+            "arguments": older, "tokenizer": dino.state_dict()})):
+        tower = vfm_vae.load(source).vfm_encoder.encoder["vision_model"]
+        assert tower.rule == rule, "positions are resampled as they were in training"
     fewer = {k: v for k, v in state.items() if "z_convs.3" not in k}
     siglip = {k: v for k, v in tok.vfm_encoder.encoder["vision_model"].state_dict().items()}
     assert model.siglip_arguments(siglip) == {"dim": 64, "depth": 4, "hidden": 256, "patch": 16,
@@ -2197,7 +2203,7 @@ def test_flux_vae():
             assert torch.allclose(latents, expected, atol=1e-5)
             assert torch.allclose(again.decode(again.unnormalize(latents)), recon, atol=1e-4)
             assert again.factor == (16 if flux2 else 8) and again.d == latents.shape[1]
-            files.require_statistics(again, path)
+            files.ensure_statistics(again, path)
             short = dict(content)
             del short[next(k for k in short if k.endswith("conv_out.bias"))]
             save_checkpoint(path, short)
@@ -2359,8 +2365,10 @@ def test_caption_shards():
         os.utime(d / "00000.tar", ns=(now.st_atime_ns, now.st_mtime_ns + 1))
         assert (d / "00000.tar").stat().st_size == now.st_size
         assert captions.CaptionShards(d, d / "index").captions[0] == "another 0"
-        for damaged in ('{"size": 1', "[]", "{}"):
-            (d / "index" / "00000.json").write_text(damaged)
+        kept = d / "index" / "00000.json"
+        older = json.loads(kept.read_text()) | {"samples": []}
+        for damaged in ('{"size": 1', "[]", "{}", json.dumps(older | {"version": 1})):
+            kept.write_text(damaged)
             assert len(captions.CaptionShards(d, d / "index")) == 5
 
         tar = (d / "00000.tar").read_bytes()
@@ -2411,9 +2419,14 @@ def test_words():
         encoder(["red on blue"])
     assert encoder(["red " * 11])[0, -3:].tolist() == [10, 0, 0]
     assert encoder.cut(["red " * n for n in (9, 10, 11, 12)]) == {10: 2}
-    rows = captions.Rows(encoder, ["red"] * 39 + ["star"])
-    assert len(rows) == 41
-    assert np.array_equal(rows[np.array([39, -1, 0, 39])], encoder(["star", "", "red", "star"]))
+    with patch.object(captions.Words, "rest") as rested:
+        rows = captions.Rows(encoder, ["red"] * 39 + ["star"], ahead=40)
+        assert len(rows) == 41 and not rested.called
+        for chosen, texts in (([39, -1, 0, 39], ["star", "", "red", "star"]), ([38, 39], ["red", "star"])):
+            assert np.array_equal(rows[np.array(chosen)], encoder(texts))
+        assert rested.call_count == 2
+        with patch.object(captions.Words, "__call__", side_effect=AssertionError):
+            assert rows[np.array([-1, 3])].any(1).all(), "these were encoded with the others"
     with folder() as d:
         (d / "p.txt").write_text("a red kite\nA kite on blue\n", "utf-8-sig")
         args = SimpleNamespace(clip_text=None, t5=None, words=d / "p.txt", text_length=None)
@@ -2486,6 +2499,10 @@ def test_clip_and_t5():
         assert (encoder.L, encoder.T, encoder.P) == (4, 3, 2)
         assert text[:, :, 2].tolist() == [[970, 980, 0, 0], [970, 980, 990, 1000]]
         assert pooled.tolist() == [[195, 195], [597, 597]]
+        moves = []
+        with patch.object(torch.nn.Module, "to", lambda net, device: moves.append(device) or net):
+            captions.Rows(encoder, ["ab"])[np.array([0, -1])]
+        assert moves == [CPU, CPU, "cpu", "cpu"], "both rest between calls"
         texts = ["a" * n for n in (4, 5, 77, 78, 6)]
         assert encoder.cut(texts) == {4: 4, 77: 1}
         with patch("builtins.print") as printed:
@@ -2519,6 +2536,10 @@ def test_clip_and_t5():
         with patch.object(FakeTransformers.AutoTokenizer, "from_pretrained",
                           side_effect=OSError("no tokenizer\nthat is known")), refused(
                               "unreadable tokenizer", "no tokenizer"):
+            captions.ClipT5(clip, t5, 4, CPU)
+        with patch.object(FakeTransformers.AutoTokenizer, "from_pretrained", side_effect=ImportError(
+                "\nT5Tokenizer requires\nsentencepiece")), refused(
+                    "a package is lacking", "T5Tokenizer requires sentencepiece"):
             captions.ClipT5(clip, t5, 4, CPU)
         with patch.dict(sys.modules, transformers=None), refused("pip install transformers"):
             captions.ClipT5(clip, t5, 4, CPU)
@@ -2974,7 +2995,8 @@ def test_launch():
     """A user's mistake is one line and status 1; a mistake of ours is a traceback."""
     no_compiler = "backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found"
     for error, says in ((UserError("a\nb"), SystemExit("error: a b")),
-                        (RuntimeError(no_compiler), SystemExit("error: --compile")),
+                        (RuntimeError(no_compiler), SystemExit("No working C++ compiler found")),
+                        (RuntimeError("CalledProcessError: ptxas, no success"), RuntimeError("ptxas")),
                         (RuntimeError("raised:\nTritonMissing: Cannot find a working triton"),
                          SystemExit("error: --compile")),
                         (torch.OutOfMemoryError("CUDA out of memory.\nTried"),
@@ -4735,7 +4757,7 @@ def test_sample_flags():
             flags, changed = flags + more, changed | change
             if change is stats:  # the generator's must be the same
                 theirs = copy.deepcopy(tokenizer)
-                files.require_statistics(theirs, "", d / "stats.pt")
+                files.ensure_statistics(theirs, "", d / "stats.pt")
                 save_dit(dit, d / "dit.pt", theirs)
             want = plain_samples(dit, tokenizer, **changed)
             assert np.abs(want - last).max() > 3, more

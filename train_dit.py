@@ -60,10 +60,10 @@ from fid import open_tokenizer
 from files import (
     BatchedArray,
     UserError,
+    ensure_statistics,
     fingerprint,
     load_encoder,
     print_0,
-    require_statistics,
 )
 from mmdit import MMDITS, DoubleBlock, MMDiT, SingleBlock, time_shift
 from model import DITS, LightningDiT, update_ema
@@ -252,7 +252,7 @@ class FlowData(Dataset):
 
 def set_up(args, run, tokenizer, data, device):
     """(networks, optimiser, EMA and recipe; the latents or None)."""
-    require_statistics(tokenizer, args.tokenizer, args.latent_stats)
+    ensure_statistics(tokenizer, args.tokenizer, args.latent_stats)
     patch = max(1, 16 // tokenizer.factor)  # a token covers 16 px
     if args.size % (tokenizer.factor * patch):
         raise UserError(

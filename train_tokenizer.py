@@ -463,7 +463,7 @@ def start_vfm_vae(stage, args, data, run, device):
                 wanted["encoder"] = args.encoder
             check_same(content["recipe"], wanted, path, "repeat them, or give another --init")
             args.encoder = content["recipe"]["encoder"]
-            arguments, state = content["arguments"], content["tokenizer"]
+            arguments, state = vfm_vae.VFMVAE.in_checkpoint(content)
             if not STAGES[stage]["vf"]:  # linear_proj serves the VF loss alone
                 arguments = arguments | {"linear_proj": False}
                 state = {k: v for k, v in state.items() if "linear_proj" not in k}
@@ -634,8 +634,8 @@ def parse(argv=None):
     if args.model == "vfmvae":
         for name in ("encoder_lr", "w_g", "w_sp", "sp_loss", "sp_at", "w_kl", "w_vf", "vf_margins"):
             if getattr(args, name) != p.get_default(name):
-                raise UserError(f"--{name.replace('_', '-')} is not for --model vfmvae: its weights "
-                                "are those of its stages (vfm_vae.STAGES)")
+                raise UserError(f"--{name.replace('_', '-')} is not for --model vfmvae: its rates "
+                                "and weights are those of its stages (vfm_vae.STAGES)")
         return parse_vfmvae(args)
     if args.stage in vfm_vae.STAGES:
         raise UserError(f"--stage {args.stage} goes with --model vfmvae")

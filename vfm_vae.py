@@ -39,16 +39,16 @@ class FoundationEncoder(nn.Module):
 
     tower: an encoder of model.py. layers: 0 is the patches with their position, n the output of
     block n, counted from 1, -1 that of the last one after the final norm. scale: of the image
-    before it."""
+    before it. positions: the rule by which DINOv2's are resampled."""
 
-    def __init__(self, tower, layers, scale):
+    def __init__(self, tower, layers, scale, positions="size"):
         super().__init__()
         self.encoder = nn.ModuleDict({"vision_model": tower})
         self.layers, self.scale = layers, scale
         # of all resizing around it
         self.mode = "bicubic" if isinstance(tower, DINOv2) else "bilinear"
         if self.mode == "bicubic" and not tower.registers:
-            tower.rule = "size"  # of its positions, as in transformers
+            tower.rule = positions  # "size": as in transformers
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -492,24 +492,24 @@ class VFMVAE(LatentSpace):
     """Images (B, 3, H, W) in [-1, 1] -> z (B, d, H/16, W/16) -> images. Latent sides must be
     divisible by 4.
 
-    foundation: {family: arguments} of an encoder, or None for decoding only; dim: D; layers, scale:
-    see FoundationEncoder; width, expansion, linear_proj: see LDMAdapter; style: S; synthesis:
-    arguments of Synthesis."""
+    foundation: {family: arguments} of an encoder, or None for decoding only; dim: D; layers, scale,
+    positions: see FoundationEncoder; width, expansion, linear_proj: see LDMAdapter; style: S;
+    synthesis: arguments of Synthesis."""
     multiple = 4
 
     def __init__(self, foundation, synthesis, d=32, dim=1024, layers=(0, 12, -1), scale=2,
-                 width=64, expansion=512, style=512, linear_proj=True):
+                 positions="size", width=64, expansion=512, style=512, linear_proj=True):
         super().__init__(d)
         self.arguments = {  # a checkpoint keeps them, to rebuild the model
             "foundation": foundation, "synthesis": synthesis, "d": d, "dim": dim,
-            "layers": list(layers), "scale": scale, "width": width, "expansion": expansion,
-            "style": style, "linear_proj": linear_proj}
+            "layers": list(layers), "scale": scale, "positions": positions, "width": width,
+            "expansion": expansion, "style": style, "linear_proj": linear_proj}
         patch = 16
         if foundation:
             (kind, arguments), = foundation.items()
             tower = make_encoder(kind, **arguments)
             patch = tower.patch
-            self.vfm_encoder = FoundationEncoder(tower, layers, scale)
+            self.vfm_encoder = FoundationEncoder(tower, layers, scale, positions)
         unshuffle = round(scale * self.factor / patch)  # u
         if not unshuffle or unshuffle * patch != scale * self.factor:
             raise ValueError(f"scale {scale:g} does not fit patches of {patch} px: with "
@@ -524,7 +524,8 @@ class VFMVAE(LatentSpace):
         """(arguments, state dict) of a VFM-VAE in a checkpoint's content, ours or an official one,
         or None. changed: see arguments_of."""
         if "foundation" in content.get("arguments", {}):
-            return content["arguments"] | changed, content["tokenizer"]
+            # older ones lack the rule that they have learned with, AlignTok's
+            return {"positions": "scale"} | content["arguments"] | changed, content["tokenizer"]
         state = content.get("G_ema", content)
         if "mapping.x_avg" not in state:
             return None
@@ -638,8 +639,8 @@ def arguments_of(state, encoder_heads=None, **changed):
 
 def load(source, **changed):
     """A state dict, an official checkpoint's content, or a path -> VFMVAE on the CPU, in eval mode,
-    built from names and shapes. changed: what they do not tell, see arguments_of. Without the
-    encoder's tensors it can only decode. ValueError where it is no VFM-VAE."""
+    built from names and shapes. changed: what those of an official one do not tell, see
+    arguments_of. Without the encoder's tensors it can only decode. ValueError where it is no VFM-VAE."""
     if not isinstance(source, dict):
         source = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
     try:

@@ -37,6 +37,7 @@ else
     python bench.py --rows frechet loading --rounds 1 --out "$folder" 2>&1 | tee "$folder/bench.log"
 fi
 status=${PIPESTATUS[0]}
-if [ "$status" != 0 ] && [ "$status" != 124 ]; then failed=1; fi  # 124: its time was over
+case $status in 0 | 124 | 137) ;; *) failed=1 ;; esac  # 124, 137: its time was over
+if grep -q Traceback "$folder/bench.log"; then failed=1; fi
 echo "all: ${SECONDS} s"
 exit $failed
