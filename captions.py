@@ -396,18 +396,21 @@ def warn_of_cut(cut):
 
 
 class Rows:
-    """The rows of prompts, and of the empty one as the last. `ahead` are encoded at once, when the
-    first of them is asked for, and the encoder rests in between: with T5-XXL a row is 4 MiB."""
+    """The rows of prompts, and of the empty one as the last. `ahead` are encoded at once, the first
+    of them now, before the generator fills a GPU, and the encoder rests in between: with T5-XXL a
+    row is 4 MiB."""
 
     def __init__(self, encoder, prompts, ahead=256):
         self.encoder, self.prompts, self.ahead, self.known = encoder, [*prompts, ""], ahead, {}
+        self.row(-1)
 
     def __len__(self):
         return len(self.prompts)
 
     def row(self, i):
         if i not in self.known:
-            chosen = [*range(max(i, 0), min(i + self.ahead, len(self) - 1)), -1]
+            first = max(i, 0)
+            chosen = [*range(first, min(first + self.ahead, len(self) - 1)), -1]
             self.known = {}
             for batch in ranges(len(chosen), 32):
                 some = [chosen[j] for j in batch]
