@@ -64,7 +64,8 @@ TABLES = {
     "How fast the latents are learned": (["vae", "vavae", "stage12", "vfmvae"], FD_AT | OWN_AT),
     "Dual side": (["stage12", "repa12", "reg12", "vfmvae", "repavfm", "regvfm"], FD_AT),
     "Text": (["textvae", "textvavae", "text12"],
-             {"FD": COLUMNS["FD"], "FD, guidance 4": lambda f: f"{f['cfg4']['FD-Lite0']:.0f}"})}
+             {"FD": COLUMNS["FD"], "FD, guidance 4": lambda f: f"{f['cfg4']['FD-Lite0']:.0f}",
+              "FD to its own reconstructions": COLUMNS["FD to its own reconstructions"]})}
 
 
 def cell(column, figures):

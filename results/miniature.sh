@@ -167,13 +167,15 @@ case $row in
 esac
 generator=("${shared[@]}" "${images[@]}" --tokenizer "$final" --batch-size $((4 * batch)) --save-every "$(n 400)"
            --grid-every "$(n 400)" "${aligned[@]}" --out "$dit")
+own=$runs/own.npz  # of a generator alone: there once its tokenizer's row has got so far
+if [ $tokenizer = no ]; then own=$out/$base/own.npz; fi
 fd() {  # NAME GENERATOR_STEPS IMAGES CFG SAMPLING_STEPS: distance of samples to the training images, and to `own`
     [ ! -f "$runs/$1.json" ] || return 0
     later sample.py --preset tiny --dit "$dit/dit_step$(printf %08d "$(n "$2")").pt" --tokenizer "$final" -n "$3" \
         --cfg "$4" --steps "$5" --seed "$seed" --out "$runs/$1.npz" --batch-size 250 "${prompts[@]}"
-    case $tokenizer$1 in
-        yesplain*) later "${judge[@]}" "$runs/own.npz" "$runs/$1.npz" --metrics fid --json "$runs/own_$1.json" ;;
-    esac
+    if [[ $1 = plain* && -f $own ]]; then
+        later "${judge[@]}" "$own" "$runs/$1.npz" --metrics fid --json "$runs/own_$1.json"
+    fi
     later "${judge[@]}" "$reference" "$runs/$1.npz" --metrics fid --json "$runs/$1.json"
 }
 on_the_way=no
