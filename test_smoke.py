@@ -2494,6 +2494,13 @@ def test_clip_and_t5():
         files_in(d, "text_encoder_2/config.json", "text_encoder_2/model.safetensors",
                  "tokenizer_2/tokenizer_config.json", "tokenizer_2/spiece.model")
         encoder = captions.ClipT5(clip, t5, 4, CPU)
+        files_in(d, "tokenizer_2/config.json")  # a name that both its folders hold
+        with patch.object(captions, "sha256", str), patch.object(
+                captions, "digest", lambda texts: texts):
+            paths = captions.ClipT5(clip, t5, 4, CPU).identity
+        assert [p.parent.name for p in map(Path, paths) if p.name == "config.json"] == [
+            "clip", "text_encoder_2", "tokenizer_2"], "always in one order"
+        (d / "tokenizer_2/config.json").unlink()
         rows = torch.from_numpy(encoder(["ab", "abcdef"]))
         text, pooled = mmdit.unpack(rows, encoder.T, encoder.P)
         assert (encoder.L, encoder.T, encoder.P) == (4, 3, 2)
@@ -3831,6 +3838,12 @@ def test_vfm_vae_trains():
         torch.save({"vision_model.x": torch.zeros(1)}, TMP / "no-siglip.pt")
         with refused(*words):
             execute(tt, *flags, "--steps", 1, "--out", TMP / "vfm-none", *more)
+    older = copy.deepcopy(finals[0])  # without the rule of its positions
+    assert older["arguments"].pop("positions") == "size"
+    save_checkpoint(TMP / "older.pt", older)
+    execute(tt, *flags, "--stage", "weak", "--steps", 1, "--init", TMP / "older.pt", "--out",
+            TMP / "vfm-older")
+    assert load_file(TMP / "vfm-older" / "weak.pt")["arguments"]["positions"] == "scale"
     with refused("--stage weak goes with --model vfmvae"):
         execute(tt, *SMALL, "--stage", "weak", "--out", TMP / "vfm-none")
     with refused("--decoder paper: --model aligntok has tiny, small, vavae"):
