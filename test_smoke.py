@@ -1752,6 +1752,9 @@ def test_vfm_vae_encodes():
     z = moments[:, :8] + (moments[:, 8:] / 2).exp() * noise
     assert torch.equal(mean, moments[:, :8]) and torch.equal(tok.adapt(tokens, 4, 8), mean)
     assert torch.allclose(tok.encode(x, noise), z, atol=1e-5)
+    far, ends = torch.tensor([0.0, 0, 99, -99]), torch.tensor([10.0, -15]).exp()  # the clamp
+    z = vfm_vae.sample(far.view(1, 4, 1, 1), torch.ones(1, 2, 1, 1)).flatten()
+    assert torch.allclose(z, ends, atol=0)
 
     # DINOv2 by its layers: 14/16 or 28/16 of the size, cls and registers dropped
     for scale in (0.875, 1.75):
