@@ -590,6 +590,8 @@ def encoder_state(content, path):
     state = unwrapped(content)
     kind = require(("DINOv2", "SigLIP", "MAE", "DINO v1 (a plain ViT)"), state, path)
     if kind == "SigLIP":
+        if "embeddings.patch_embedding.weight" in state:  # a tower alone, of transformers 5
+            state = {f"vision_model.{k}": v for k, v in state.items()}
         state = {k: v for k, v in state.items() if k.startswith("vision_model.")}
         if "vision_model.embeddings.patch_embedding.weight" not in state:
             raise UserError(f"{path} is no SigLIP2 vision tower of a fixed size in transformers' "

@@ -2653,7 +2653,8 @@ def test_encoders_of_other_libraries():
 
 def test_families_of_encoders():
     """A file's family follows from its names, DINO v1's or MAE's from its positions: with a
-    decoder, of transformers, a whole SigLIP2. Only the family's own sides and names pass."""
+    decoder, of transformers, a whole SigLIP2, its tower alone. Only the family's own sides and
+    names pass."""
     names = {"attn.qkv": TRANSFORMERS["attn.qkv"], "cls_token": "embeddings.cls_token",
              "pos_embed": "embeddings.position_embeddings",
              "patch_embed.proj": "embeddings.patch_embeddings.projection",
@@ -2671,7 +2672,8 @@ def test_families_of_encoders():
             ("mae", mae, {k: v.half() for k, v in mae.state_dict().items()}),
             ("mae", mae, prefixed("vit.", renamed(mae.state_dict(), names))
              | {"decoder.mask_token": zero}),
-            ("siglip", siglip, siglip.state_dict() | {"text_model.x": zero, "logit_scale": zero})):
+            ("siglip", siglip, siglip.state_dict() | {"text_model.x": zero, "logit_scale": zero}),
+            ("siglip", siglip, renamed(siglip.state_dict(), {"vision_model.": ""}))):
         torch.save(content, path)
         found, arguments = load_encoder(path)
         assert arguments.pop("hidden", 256) == 256
