@@ -1504,6 +1504,10 @@ def test_stand_in_encoder():
         args.size = 48
         with refused("encoder.pt", "size 32 -> 48"):
             toy.stand_in_encoder(*stage)
+        torch.save({"teacher": again}, d / "encoder.pt")
+        args.overwrite = True
+        with refused("encoder.pt", "no stand-in", "--encoder"):  # a file of the user's
+            toy.stand_in_encoder(*stage)
         args.pretrain_steps = 0  # as in the preset paper
         with refused("no official weights", "--encoder"):
             toy.stand_in_encoder(*stage)

@@ -192,8 +192,12 @@ def stand_in_encoder(args, data, run, device):
     if data.labels is None or not args.pretrain_steps:
         raise UserError("tiny14 has no official weights; its stand-in is trained by --preset tiny, "
                         "on --data with one folder per class (or give --encoder)")
+    then = load_file(path, "encoder").get("recipe") if path.exists() else recipe
+    if then is None:
+        raise UserError(f"{path} is no stand-in that was trained here: give it as --encoder, or "
+                        "choose another --out")
     if path.exists() and not args.overwrite:
-        check_same(load_file(path, "encoder").get("recipe", {}), recipe, path)
+        check_same(then, recipe, path)
     elif run.rank == 0:
         print("NOTE: the preset tiny has no foundation encoder. A small stand-in is first trained "
               "on the labels; its figures say nothing about DINOv2.")
