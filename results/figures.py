@@ -52,15 +52,21 @@ FD_AT = {f"FD, {name}": lambda f, key=key: f"{f[key]['FD-Lite0']:.0f}"
          for name, key in STEPS.items()}
 OWN_AT = {f"to its own, {name}": lambda f, key=f"own_{key}": f"{f[key]['FD-Lite0']:.0f}"
           for name, key in STEPS.items()}
-CKNNA = {f"{name}, {against}": lambda f, file=file, name=name: f"{f[file][name]:.3f}"
-         for against, file in (("DINOv2", "cknna"), ("judge", "cknna_judge"))
-         for name in ("CKNNA, latents", "SE-CKNNA, latents")}
+CKNNA = {}
+for against, file in (("DINOv2", "cknna"), ("judge", "cknna_judge")):
+    CKNNA |= {
+        f"CKNNA, {against}": lambda f, file=file: f"{f[file]['CKNNA, latents']:.3f}",
+        f"SE-CKNNA, {against}": lambda f, file=file: f"{f[file]['SE-CKNNA, latents']:.3f}",
+        f"turned, {against}": lambda f, file=file:
+            f"{float(f[file]['SE-CKNNA, latents, each set'].split('turned ')[1]):.3f}",
+        f"encoder, {against}": lambda f, file=file: f"{f[file]['CKNNA, encoder']:.3f}"}
 TABLES = {
     "Main comparison": (["vae", "vavae", "stage1", "stage12", "stage123"], COLUMNS),
     "Ablation": (["sp0", "stage12", "sp5", "before", "cosine", "lora"], COLUMNS),
     "Tried": (["margins0", "wvf1", "vae4800", "vavae4800", "wvf4800", "aligntok4800"], COLUMNS),
     "Second system": (["stage12", "vfmvae"], COLUMNS),
-    "Alignment of the latents": (["vae", "vavae", "stage1", "stage12", "lora", "vfmvae"], CKNNA),
+    "Alignment of the latents": (["vae", "vavae", "margins0", "wvf1", "stage1", "stage12", "sp0", "sp5", "before",
+                                  "cosine", "lora", "vfmvae"], CKNNA),
     "How fast the latents are learned": (["vae", "vavae", "stage12", "vfmvae"], FD_AT | OWN_AT),
     "Dual side": (["stage12", "repa12", "reg12", "vfmvae", "repavfm", "regvfm"], FD_AT),
     "Text": (["textvae", "textvavae", "text12"],

@@ -103,7 +103,10 @@ def row(runs, best):
     for path in sorted(runs.glob("*.json")):
         content = json.loads(path.read_text())
         if "figures" in content:
-            content = {f["metric"]: f["value"] for f in content["figures"]}
+            found = content["figures"]
+            content = {f["metric"]: f["value"] for f in found}
+            content |= {f"{f['metric']}, each set": f["note"] for f in found
+                        if f["metric"].startswith("SE-CKNNA")}
         figures[path.stem] = content
     if best != "none":
         figures["best_cfg"] = float(best)
