@@ -1004,6 +1004,8 @@ def load_reference(args, device):
         return features, digest, rule
     net, digest = load_dinov2(args.reference, (DINOv2, ViT, SigLIP))
     encoder = net.to(device).encoder
+    if isinstance(encoder, DINOv2):
+        encoder.rule = "antialias"  # timm's positions, as the protocol's reference has them
 
     def features(name, pixels, scale):
         if name != "turned":

@@ -109,14 +109,15 @@ def vf_loss(z_proj, tokens, m_cos=0.5, m_dist=0.25):
     return F.relu(1 - m_cos - cosine).mean() + F.relu(difference - m_dist).mean()
 
 
-def ssim(x, y):
-    """Structural similarity (Wang et al. 2004), per image (B,), of (B, 3, H, W) in [-1, 1].
+def ssim(x, y, signed=False):
+    """Structural similarity (Wang et al. 2004), per image (B,), of (B, 3, H, W) in [-1, 1]. signed:
+    of these values themselves, whose means may cancel; else of those in [0, 1], as all figures are.
 
     Gaussian window 11x11, sigma 1.5, valid positions only, K1 .01, K2 .03, population covariance,
     mean over RGB. ValueError for sides below 11."""
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs sides of at least 11, not {x.shape[-2]}x{x.shape[-1]}")
-    x, y = (x.double() + 1) / 2, (y.double() + 1) / 2  # of range 1
+    x, y = (t.double() / 2 + (0 if signed else 0.5) for t in (x, y))  # of range 1
     window = x.new_tensor([math.exp(-(i - 5) ** 2 / (2 * 1.5 ** 2)) for i in range(11)])
     window = window / window.sum()
 
@@ -275,8 +276,11 @@ class BatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             xf = x.float()
-            count = x.numel() // x.shape[1] * dist.get_world_size()
-            mean = _SumOverRanks.apply(xf.sum((0, 2, 3))) / count  # (C,)
+            # the number of values too: ranks may have other sizes, as VFM-VAE draws its scales
+            count = xf.new_tensor([x.numel() // x.shape[1]])
+            total = _SumOverRanks.apply(torch.cat([xf.sum((0, 2, 3)), count]))
+            count = total[-1].detach()
+            mean = total[:-1] / count  # (C,)
             centred = xf - mean.view(-1, 1, 1)
             # biased, as BatchNorm normalises; the running variance is unbiased
             var = _SumOverRanks.apply(centred.square().sum((0, 2, 3))) / count

@@ -229,7 +229,7 @@ class DINOv2(Foundation):
         B, (h, w) = len(x), self.in_patches(x)
         x = self.patch_embed(x)  # (B, N, D)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1+N, D)
-        x = x + self.position_embedding(h, w).to(x.dtype)
+        x = x + self.position_embedding(h, w)
         if self.registers:  # they carry no position
             registers = self.register_tokens.expand(B, -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)  # (B, 1+4+N, D)
@@ -736,7 +736,7 @@ class ViT(Foundation):
         """Images, as forward takes them -> cls and patch tokens (B, 1+N, D), with position."""
         positions = self.position_embedding(*self.in_patches(x))
         x = self.patch_embed(x)  # (B, N, D)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + positions.to(x.dtype)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + positions
 
 
 class TanhMLP(MLP):
@@ -822,7 +822,7 @@ class SigLIP(Foundation):
         """Images, as forward takes them -> patch tokens (B, N, D), with position."""
         positions = self.position_embedding(*self.in_patches(x))
         x = self.vision_model["embeddings"]["patch_embedding"](x).flatten(2).transpose(1, 2)
-        return x + positions.to(x.dtype)
+        return x + positions  # in fp32 under autocast too, as all that is added to it
 
     @property
     def blocks(self):

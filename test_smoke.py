@@ -572,6 +572,13 @@ def test_siglip():
     with torch.device("meta"):
         heads = [SigLIP(dim, 1).blocks[0].self_attn.heads for dim in (768, 1024, 1152, 1536)]
     assert heads == [12, 16, 16, 16]
+    with runs.autocast(CPU, torch.bfloat16):  # what the blocks add to, and the positions, stay fp32
+        assert net.embed(x).dtype == net(x)[1].dtype == torch.float32
+        for encoder in (ViT(64, 1, patch=14, grid=3), DINOv2(64, 1, grid=3)):
+            random_weights(encoder)
+            cls = encoder.embed(torch.zeros(1, 3, 28, 28))[0, 0]
+            positions = encoder.position_embedding(2, 2)[0, 0]
+            assert torch.equal(cls, encoder.cls_token[0, 0] + positions)
 
 
 def test_convolutional_parts():
@@ -1071,6 +1078,24 @@ def test_patchgan():
         if i < 11:
             y = torch.where(y > 0, y, 0.2 * y)
     assert torch.allclose(net(x), y, atol=1e-4 * y.abs().max().item())
+
+
+def test_batch_norm_over_ranks():
+    """Two ranks whose images have other sizes are one batch: output and running statistics."""
+    x, other = 1 + torch.randn(2, 3, 8, 8), 3 * torch.randn(2, 3, 2, 2)
+    both = torch.cat([v.transpose(0, 1).flatten(1) for v in (x, other)], dim=1)  # (3, n)
+    centred = other - both.mean(1).view(3, 1, 1)
+    sums = iter([torch.cat([other.sum((0, 2, 3)), torch.tensor([8.0])]),
+                 centred.square().sum((0, 2, 3))])  # of the other rank
+    norm, plain = losses.BatchNorm(3), torch.nn.BatchNorm1d(3)
+    with (patch.object(losses.dist, "is_initialized", return_value=True),
+          patch.object(losses.dist, "get_world_size", return_value=2),
+          patch.object(losses._SumOverRanks, "apply", lambda t: t + next(sums))):
+        y = norm(x)
+    expected = plain(both[None])[0, :, :128]  # (3, 2*8*8)
+    assert torch.allclose(y.transpose(0, 1).flatten(1), expected, atol=1e-5)
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(norm.state_dict()[name], value, atol=1e-5), name
 
 
 # ------------------------------------------------------------------------------------------ data.py
@@ -2030,7 +2055,7 @@ def test_vfm_vae_objective():
             "multires": sum((a - b).abs().mean() for a, b in zip(shrunk, lower)),
             "kl": (mean ** 2 + logvar.exp() - 1 - logvar).sum() / 2 / 2,  # a sum, of two images
             "vf": losses.vf_loss(z_proj, last, 0, 0) if "vf" in own else None,
-            "ssim": 1 - losses.ssim(*unit).mean(), "g_loss": -fake.mean(),
+            "ssim": 1 - losses.ssim(*unit, signed=True).mean(), "g_loss": -fake.mean(),
             "d_loss": F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
             "d_real": (real > 0).float().mean(), "d_fake": (fake < 0).float().mean()}
         if not turned:
@@ -5056,7 +5081,7 @@ def test_dinov2_features():
 
 
 def plain_ssim(x, y):
-    """SSIM of two channels (H, W) in [0, 1], by a loop over the windows."""
+    """SSIM of two channels (H, W) of range 1, by a loop over the windows."""
     i = np.arange(11) - 5
     w = np.exp(-(i[:, None] ** 2 + i ** 2) / (2 * 1.5 ** 2))
     w, values = w / w.sum(), []
@@ -5077,9 +5102,10 @@ def test_psnr_ssim():
     assert torch.allclose(fid.psnr(x, x + off), torch.tensor([20.0, 40.0]).double(), atol=1e-5)
     x = torch.rand(2, 3, 12, 14) * torch.tensor([0.1, 2]).view(2, 1, 1, 1) - 1  # dark, and bright
     y = (x + 0.1 * torch.randn(x.shape)).clamp(-1, 1)
-    by_hand = [np.mean([plain_ssim(*((c.double().numpy() + 1) / 2 for c in pair))
-                        for pair in zip(*images)]) for images in zip(x, y)]
-    assert np.allclose(losses.ssim(x, y), by_hand, atol=1e-9)
+    for low in (-1, 0):  # 0: the values as they are, whose means lie around it
+        by_hand = [np.mean([plain_ssim(*((c.double().numpy() - low) / 2 for c in pair))
+                            for pair in zip(*images)]) for images in zip(x, y)]
+        assert np.allclose(losses.ssim(x, y, signed=low == 0), by_hand, atol=1e-9)
 
 
 def test_latent_statistics():

@@ -964,10 +964,10 @@ def objective(s, args, x, noise):
         terms["vf"] = (weights["vf"], vf_loss(z_proj, tokens, 0, 0), last_layer, 1e8,
                        w_multires * multires)
     if weights["ssim"]:
-        similarity = ssim(x.clamp(-1, 1), recon.float().clamp(-1, 1)).mean()
+        similarity = ssim(x.clamp(-1, 1), recon.float().clamp(-1, 1), signed=True).mean()
         terms["ssim"] = (weights["ssim"], 1 - similarity)
     if s.steps_before + s.step >= args.disc_start:
-        terms |= gan_terms(s, weights, args.w_gan, x, recon)
+        terms |= gan_terms(s, weights, args.w_gan, x, recon.float())
     if not weights["l1"]:  # L_rec is only logged: the gradient that training_step takes ends here
         recon = recon.detach().requires_grad_()
     return x, recon, terms
