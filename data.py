@@ -72,10 +72,13 @@ def with_end(jpeg):
     """The bytes of a JPEG that has no end marker, with one. OSError where more is missing: then the
     pixels depend on what stands in its place. Of several scans, or parts between restart markers,
     a whole one may be missing, which nothing tells."""
+    with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as img:
+        first = jpeg.rindex(b"\xff\xda", 0, img.fp.tell())  # the scan that PIL has come to
+        one = jpeg[first + 4] == img.layers  # with all channels
+    one = one and not any(marker in jpeg for marker in (b"\xff\xc2", b"\xff\xdd"))
     jpeg = jpeg.removesuffix(b"\xff")  # half of the marker
     fillers = b"", b"\x33" * 999, b"\x55" * 999, b"\xaa" * 999, b"\xfe" * 999
     whole = [jpeg + filler + b"\xff\xd9" for filler in fillers]
-    one = not any(marker in jpeg for marker in (b"\xff\xc2", b"\xff\xdd"))
     if not one or len({Image.open(io.BytesIO(w), formats=("JPEG",)).tobytes() for w in whole}) > 1:
         raise OSError("truncated: it has no end")
     return whole[0]
@@ -154,7 +157,7 @@ def to_rgb(img):
             raise
     if img.mode.startswith("I") or img.mode == "F":
         img = Image.fromarray(levels(img))
-    elif wide and max(high for _, high in img.convert("RGB").getextrema()) < 16:
+    elif wide and 0 < max(high for _, high in img.convert("RGB").getextrema()) < 16:
         raise ValueError(DARK)
     if img.has_transparency_data:
         img = img.convert("RGBA")
@@ -180,7 +183,7 @@ def levels(img):
     white = 4095 if bits == (12,) else 65535
     if low < 0 or high > white:
         raise ValueError(f"integers from {low:.0f} to {high:.0f}: scale them to 8 or 16 bits")
-    if 0 < 16 * high < white:
+    if white == 65535 and 0 < 16 * high < white:
         raise ValueError(DARK)
     return (grey * (255 / white)).astype(np.uint8)
 

@@ -213,7 +213,8 @@ def load_dinov2(spec, kinds=(DINOv2,)):
     tokenizer that holds it. kinds: what it may be. Errors: UserError."""
     file = Path(spec).is_file()
     if file and "tokenizer" in (content := load_file(spec, "encoder")):
-        encoder = load_tokenizer(spec, VAE, content=content).encoder
+        tokenizer = load_tokenizer(spec, VAE, VFMVAE, content=content)
+        encoder = getattr(tokenizer, "encoder", tokenizer)  # VFM-VAE's is of another form
     else:
         encoder = load_encoder(spec)[0]
     if not isinstance(encoder, kinds):

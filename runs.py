@@ -429,13 +429,18 @@ class Run:
         self.defer_signals(False)
 
     def forget(self, prefix):
-        """--overwrite: deletes checkpoints and pictures; and a log with other columns."""
+        """--overwrite: deletes checkpoints and pictures; and a log with other columns. UserError
+        where the final checkpoint is none of a run's."""
         if self.rank == 0:
+            final = self.out / f"{prefix}.pt"
+            if final.exists() and "recipe" not in load_file(final):
+                raise UserError(f"{final} was not made by this script, and --overwrite would delete "
+                                "it: choose another --out")
             log = self.out / "log.csv"
             if log.is_file() and log.read_bytes().split(b"\n")[0].decode(
                     errors="replace").strip() != ",".join(self.columns):
                 log.unlink()
-            for path in (self.out / f"{prefix}.pt", *step_files(self.out, prefix, "(pt|png)")):
+            for path in (final, *step_files(self.out, prefix, "(pt|png)")):
                 path.unlink(missing_ok=True)
         barrier()  # nobody resumes from what is being deleted
 

@@ -106,6 +106,17 @@ def picture(form, **options):
     return file.getvalue()
 
 
+def three_scans(pixels):
+    """The head and the three scans of a baseline JPEG that has a scan for each channel."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")  # of one channel, which serves as all three
+    head, _, scan = file.getvalue()[:-2].partition(b"\xff\xda\0\x08\1\1")
+    head, _, tail = head.partition(b"\xff\xc0\0\x0b")
+    channels = b"".join(bytes([c, 0x11, 0]) for c in (1, 2, 3))
+    head += b"\xff\xc0\0\x11" + tail[:5] + b"\3" + channels + tail[9:]
+    return [head, *(b"\xff\xda\0\x08\1" + bytes([c]) + scan for c in (1, 2, 3))]
+
+
 def npy_of(content, **header):
     """An .npy file by hand."""
     file = io.BytesIO()
@@ -392,6 +403,9 @@ def test_damaged_images():
                 assert cut < 5, "a pixel hangs on the others"
         for options in ({"progressive": True}, {"restart_marker_blocks": 1}):
             cuts += [picture("JPEG", **options)[:-cut] for cut in range(1, 99)]
+        scans = three_scans(np.random.default_rng(0).integers(0, 256, (24, 32), np.uint8))
+        assert load(b"".join(scans) + b"\xff\xd9").any()
+        cuts += [b"".join(scans[:n]) for n in (2, 3, 4)]
         flipped = [flip(png, 8 * i + i % 8) for i in range(len(png) - 40, len(png))]
         for damaged in cuts + flipped:
             with refused(", with-commas.png"):

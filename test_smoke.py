@@ -1165,6 +1165,7 @@ def test_more_than_8_bits():
             load((4095 * ramp).astype(np.uint16), suffix)
     assert load((65535 * ramp).astype(np.int32)) == want
     assert load(tiff_12((4095 * ramp).astype(int))) == want
+    assert load(tiff_12(np.array([[0, 16], [160, 240]]))) == [[0, 0], [9, 14]], "dark"
     pgm = b"P5 2 2 4095 " + (4095 * ramp).astype(">u2").tobytes()
     assert load(pgm, "pgm") == want  # its header says what white is
     for wrong in (255 * ramp, ramp - 0.1, ramp * np.nan):
@@ -1173,11 +1174,11 @@ def test_more_than_8_bits():
     for wrong in ([[0, 65536]], [[-1, 5]]):
         with refused("deep.tif", "integers from"):
             load(np.int32(wrong))
-    for white, expected in ((65535, 255), (4095, None)):  # colours: by hand, PIL does not write them
+    for white, expected in ((65535, 255), (0, 0), (4095, None)):  # colours: PIL does not write them
         rows = b"".join(b"\0" + struct.pack(">3H", white, 0, white) for _ in range(2))
         png = png_of(1, 2, rows, depth=16)
-        if expected:
-            assert load(png, "png") == [[255], [255]]
+        if expected is not None:
+            assert load(png, "png") == [[expected]] * 2
         else:
             with refused("deep.png", "at most 12 bits"):
                 load(png, "png")
@@ -2895,10 +2896,13 @@ def test_run_folder():
         checkpoints = {f"a_step0000000{i}.pt" for i in (3, 4, 5)}
         assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *checkpoints}
         others = {"a_step.pt", "a_stepped.png", "a_step00000003.txt", "b_step00000003.pt", "aa.pt"}
-        for name in (*others, "a.pt", "a_step00000003.png"):
+        for name in (*others, "a_step00000003.png"):
             (d / name).touch()
         with runs.Run(d, 0, ["stage", "step", "loss"]) as run:
             assert [p.name for p in run.checkpoints("a")] == sorted(checkpoints)
+            save_checkpoint(d / "a.pt", {"state_dict": {}})
+            assert "a.pt was not made by this script" in error_of(run.forget, "a")
+            save_checkpoint(d / "a.pt", {"recipe": {}})
             run.forget("a")
         assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *others}
         for content in (log.read_bytes(), b"\xff\xfe"):
@@ -3851,8 +3855,15 @@ def test_vfm_vae_trains():
         with refused("decoder.pth", "holds no encoder"):
             execute(fid, "--cknna", d / "decoder.pth", d / "data")
 
+    bare, mine = TMP / "bare.pt", TMP / "mine"
+    save_checkpoint(bare, {k: v for k, v in finals[0].items() if k != "discriminator"})
+    mine.mkdir()
+    save_checkpoint(mine / "strong.pt", {"state_dict": {}})  # a file of the user's
     for words, more in {
             ("there is no", "--stage ssim"): ["--stage", "patchgan"],
+            ("bare.pt", "discriminator"): ["--stage", "weak", "--init", bare],
+            ("strong.pt", "not what it should be"): ["--stage", "strong", "--out", mine],
+            ("strong.pt was not made", "--out"): ["--stage", "strong", "--out", mine, "--overwrite"],
             ("is of stage strong", "continues from stage ssim"):
                 ["--stage", "patchgan", "--init", run / "strong.pt"],
             ("dino none -> random",): ["--stage", "weak", "--init", run / "strong.pt", "--dino",
@@ -5539,7 +5550,7 @@ def test_cknna_command():
         pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
         for file, net in ((encoder, own.encoder), (d / "siglip.pt", siglip)):
             features = fid.load_reference(SimpleNamespace(judge=None, reference=str(file)), "cpu")[0]
-            side = net.grid * net.patch
+            side, net.rule = net.grid * net.patch, "antialias"  # timm's; SigLIP has one rule
             for name, scale in (("clean", 1), ("turned", 1), ("turned", 0.5)):
                 x = F.interpolate(pixels / 255, (int(side * scale),) * 2, mode="bilinear")
                 if name == "clean":

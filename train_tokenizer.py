@@ -469,12 +469,13 @@ def start_vfm_vae(stage, args, data, run, device):
                 state = {k: v for k, v in state.items() if "linear_proj" not in k}
             tokenizer = build(vfm_vae.VFMVAE, arguments, state, path)
             steps, opt_d = operator.index(content["total_steps"]), content["opt_d"]
+            state_d = content["discriminator"]
     main = losses.PatchGAN(args.disc_ch)
     if args.dino != "none":
         main = vfm_vae.ProjectedDiscriminator(mode=tokenizer.vfm_encoder.mode)
     discriminator = vfm_vae.Discriminators(main, args.disc_ch, last_stage)
     if content:
-        load_strictly(discriminator, content["discriminator"], path)
+        load_strictly(discriminator, state_d, path)
         with reading(path, "checkpoint"):
             runs.load_optimiser(torch.optim.Adam(discriminator.parameters(), fused=True), opt_d)
     elif args.dino not in ("none", "random"):
@@ -542,12 +543,14 @@ def resume_stage(s, args, run):
         run.forget(s.prefix)
     if final.exists():
         done = load_file(final)
-        check_same(done["recipe"], s.recipe, final, may_change=s.may_change)
-        if done["step"] >= s.steps:
+        with reading(final, "final checkpoint of a stage"):
+            check_same(done["recipe"], s.recipe, final, may_change=s.may_change)
+            step = operator.index(done["step"])
+        if step >= s.steps:
             print_0(f"{s.prefix} is complete: {final}")
             return True
         if not run.checkpoints(s.prefix):
-            raise UserError(f"{final} is at step {done['step']} of {s.steps}, but its "
+            raise UserError(f"{final} is at step {step} of {s.steps}, but its "
                             f"{s.prefix}_step*.pt are gone; --overwrite starts the stage again")
     run.resume(s, stage=(s.number,))
     if run.rank == 0:
