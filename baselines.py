@@ -120,7 +120,7 @@ class VAE(LatentSpace):
 # ---- the objective
 
 def objective(s, args, x, noise):
-    """The reconstruction and the terms beside L_rec, as train_tokenizer.aligntok_objective returns
+    """x, the reconstruction and the terms beside L_rec, as train_tokenizer.aligntok_objective has
     them. s.reference: the frozen foundation encoder of VA-VAE, None for a plain VAE. noise:
     (B, d, h, w), standard normal."""
     recon, moments, z_proj = s.ddp_tokenizer(x, noise)

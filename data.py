@@ -433,7 +433,7 @@ def on_rank_0(make, *args):
 class Crops(Dataset):
     """What a loader reads: item (epoch, i) is image i as uint8 (3, size, size), randomly cropped
     if there is a key, else centre-cropped; its label, or 0; and standard normal noise of shape
-    `noise`, for a VAE.
+    `noise`, for a VAE or VFM-VAE.
 
     An unreadable image gives its UserError: what a worker raises arrives with a traceback."""
 

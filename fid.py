@@ -828,7 +828,8 @@ def possible(metrics, name, images, args, report):
 
 
 def check_order(metrics, ref, samples, report):
-    """Whether REF and SAMPLES look exchanged. UserError where it would change a figure."""
+    """Whether REF and SAMPLES look exchanged. UserError where SAMPLES alone holds statistics, and
+    that would change a figure."""
     advice = "exchanged? The reference comes first"
     if samples.statistics and not ref.statistics:
         found = f"SAMPLES {samples.path} holds statistics, REF {ref.path} does not: {advice}"
@@ -900,7 +901,8 @@ def add_warnings(report, sets, resize):
 
 
 def open_tokenizer(path, size, device):
-    """(tokenizer in eval mode, image side: `size`, else that of its training)."""
+    """(tokenizer in eval mode, image side: `size`, else that of its training, 256 of a file that
+    does not tell)."""
     content = load_file(path, "tokenizer") if os.path.exists(path) else None
     tokenizer = load_tokenizer(path, VAE, VFMVAE, FluxVAE, content=content)
     with reading(path, "tokenizer"):

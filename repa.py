@@ -6,9 +6,9 @@
            with one token more, the noised class token cls_t = (1 - t) cls + t n, n ~ N(0, I)
 
 Departures from REG's code, a SiT: LightningDiT's blocks, whose RoPE leaves the class token as it
-is; times and the velocity's loss are those of train_dit.py; the encoder sees E_p's resized image;
-the class token shares the image's sampler and guidance scale; in a small model P is 4D wide (theirs:
-2048).
+is; times and the velocity's loss are those of train_dit.py; the encoder is prepared as E_p: its
+resize and its positions, where theirs are timm's; the class token shares the image's sampler, an
+ODE's where theirs is an SDE's, and its guidance; in a small model P is 4D wide (theirs: 2048).
 
 The features of ImageNet, original and flipped, would be 1 TB: so the images are read in each step,
 beside the cached latents.
@@ -93,7 +93,7 @@ class AlignedDiT(LightningDiT):
 def flow_matching(encoder, model, z0, z1, t, y, w_cos, images, n):
     """As losses.flow_matching, of an AlignedDiT; L has its terms too, which come last, for the log.
 
-    encoder: frozen; images: (B, 3, 16h, 16w) in [-1, 1]; n: the class token's noise (B, F)."""
+    encoder: frozen; images: (B, 3, h, w) in [-1, 1]; n: the class token's noise (B, F)."""
     with torch.no_grad():
         cls, tokens = encoder(encoder.prepared(images))  # (B, F), (B, N, F)
     cls, tokens = cls.float(), tokens.float()

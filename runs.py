@@ -615,7 +615,7 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         add("--data", help="folder of images, one folder per class or flat; 'shapes': built in")
         add("--val", help="folder of held-out images (default: `val` beside a folder `train`, else "
-                          "5%% of the files)")
+                          "5%% of the files, at most --val-images)")
         add("--check-data", action="store_true",
             help="first decode all images; unreadable.json in --out names those that cannot be")
         add("--skip-unreadable", action="store_true",

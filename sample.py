@@ -234,8 +234,8 @@ def load_pair(args):
 
 
 def grid_rows(images, labels, width=8):
-    """Images (n, 3, H, W) as rows for save_grid: one class a row where all classes have the same
-    number of images, above 1."""
+    """Images (n, 3, H, W) as rows for save_grid: one class a row where at most 16
+    classes have the same number of images, above 1."""
     if labels is not None:
         labels = labels[:len(images)]
         rows = [images[labels == c][:width] for c in np.unique(labels)]

@@ -491,8 +491,8 @@ def seed_torch(*key):
 
 
 def training_images(s, args, data, device):
-    """Wraps the networks for DDP and returns the endless stream of (x, label), for a baseline
-    (x, label, noise), from the stage's step on."""
+    """Wraps the networks for DDP and returns the endless stream of (x, label), for all systems
+    but AlignTok (x, label, noise), from the stage's step on."""
     runs.make_fast(s.tokenizer, args, device, vfm_vae.ConvNeXtLayer)
     runs.fast_weight_gradients(s.discriminator)
     s.ddp_tokenizer = runs.wrap(s.tokenizer, device)

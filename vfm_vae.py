@@ -45,7 +45,7 @@ class FoundationEncoder(nn.Module):
         super().__init__()
         self.encoder = nn.ModuleDict({"vision_model": tower})
         self.layers, self.scale = layers, scale
-        # of all resizing around it
+        # of all resizing around it, but for the prior branch: that is bilinear
         self.mode = "bicubic" if isinstance(tower, DINOv2) else "bilinear"
         if self.mode == "bicubic" and not tower.registers:
             tower.rule = positions  # "size": as in transformers
