@@ -451,7 +451,7 @@ def cached_text(path, encoder, captions, batch_size, overwrite):
 
 def read_prompts(file):
     """The lines of a file that are not empty."""
-    prompts = [line.strip() for line in read_text(file, "file of prompts").splitlines()]
+    prompts = [line.strip() for line in read_text(file, "file of prompts").split("\n")]
     if not any(prompts):
         raise UserError(f"{file} holds no prompt (one a line)")
     return [prompt for prompt in prompts if prompt]

@@ -68,7 +68,7 @@ from files import (
 )
 from losses import ssim
 from model import DINOv2, SigLIP, ViT
-from runs import Parser, by_parts, count, index, launch, setup_ranks
+from runs import Parser, by_parts, count, index, launch, rank_0_first, setup_ranks
 from toy import Shapes
 from vfm_vae import VFMVAE, resize
 
@@ -693,7 +693,7 @@ class ImageSet:
             except UserError as e:
                 error = str(e)
         # one rank's error ends all: else the others would wait for ever
-        if dist.is_initialized():
+        if world > 1:
             errors = [None] * world
             dist.all_gather_object(errors, error)
             error = next(filter(None, errors), None)
@@ -769,7 +769,8 @@ def evaluate(args, rank, world, device):
         check_order(metrics, *sets.values(), report)
     for text in report.warnings:  # before the work, and after it
         print_0(f"WARNING: {text}")
-    network = load_network(args, device)
+    with rank_0_first():
+        network = load_network(args, device)
 
     statistics, computed = {}, {}  # name -> layer -> FeatureStatistics
     for name, images in sets.items():
@@ -928,14 +929,16 @@ def reconstruction(args, rank, world, device):
     measures = {k: f for k, f in (("psnr", psnr), ("ssim", ssim)) if k in metrics}
     weights, pairs = {}, {}  # pairs: resize rule -> two FeatureStatistics
     try:
-        if "lpips" in metrics:
-            lpips, vgg16 = load_lpips(args.vgg16, args.lpips_heads)
-            measures["lpips"], weights["lpips"] = lpips.to(device), sha256(vgg16)
-        if "rfid" in metrics:
-            network = load_network(args, device)
-            rules = ["tf1", "torch"] if args.features == "inception" else [network.resize]
-            dims = network.net.dims["pool"]
-            pairs = {rule: [FeatureStatistics(n, dims, device) for _ in range(2)] for rule in rules}
+        with rank_0_first():
+            if "lpips" in metrics:
+                lpips, vgg16 = load_lpips(args.vgg16, args.lpips_heads)
+                measures["lpips"], weights["lpips"] = lpips.to(device), sha256(vgg16)
+            if "rfid" in metrics:
+                network = load_network(args, device)
+                rules = ["tf1", "torch"] if args.features == "inception" else [network.resize]
+                dims = network.net.dims["pool"]
+                pairs = {rule: [FeatureStatistics(n, dims, device) for _ in range(2)]
+                         for rule in rules}
     except UserError as e:
         raise UserError(f"{e}; or leave it out with --metrics, of rfid,psnr,ssim,lpips") from None
 

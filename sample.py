@@ -69,7 +69,7 @@ from files import (
 )
 from mmdit import MMDiT, time_shift
 from model import LightningDiT
-from runs import argument, count, index, positive
+from runs import argument, count, index
 from vfm_vae import VFMVAE
 
 # ---- the sampler
@@ -78,7 +78,9 @@ def time_grid(steps, shift=1.0):
     """steps + 1 times from 1 (noise) to 0 (data). A shift a > 1 puts more of them near noise:
     t' = a t / (1 + (a - 1) t)."""
     t = np.linspace(1.0, 0.0, steps + 1)
-    return (shift * t / (1 + (shift - 1) * t)).tolist()
+    t = shift * t / (1 + (shift - 1) * t)
+    t[0] = 1  # rounding may lead it past 1, where the interval of the guidance ends
+    return t.tolist()
 
 
 class Velocity:
@@ -134,7 +136,7 @@ def generate(model, tokenizer, indices, labels, seed, times, method="euler", dty
     """Images (B, 3, H, W), about in [-1, 1], of the indices; and the network's evaluations per
     image, (conditional, unconditional). labels: the classes of all images, or None. text: the rows
     of k prompts and of the empty one (see captions.py); image i is of prompt i mod k. guidance:
-    arguments of Velocity."""
+    arguments of Velocity. UserError where a pixel is not finite."""
     device = tokenizer.latent_mean.device
     channels = tokenizer.d + repa.extra_channels(model.arguments)
     shape = (channels, *model.arguments["grid"])
@@ -150,6 +152,9 @@ def generate(model, tokenizer, indices, labels, seed, times, method="euler", dty
     z0 = tokenizer.unnormalize(z0[:, :tokenizer.d])
     # in fp32: bf16 lacks a pixel's 256 levels
     images = runs.by_parts(tokenizer.decode, z0, z0[0, 0].numel() * tokenizer.factor ** 2)
+    if not images.isfinite().all():
+        raise UserError(f"a pixel of images {indices[0]} to {indices[-1]} is not finite: lower --cfg, "
+                        "try --dtype fp32, or another checkpoint")
     return images, (velocity.conditional, velocity.unconditional)
 
 
@@ -385,7 +390,7 @@ def parse(argv=None):
     add("--steps", type=count, help="intervals of the time grid")
     add("--method", choices=["euler", "heun"], default="euler",
         help="heun: two evaluations a step (default: euler)")
-    add("--shift", type=positive,
+    add("--shift", type=argument(float, lambda a: 0 < a < math.inf, "positive, and finite"),
         help="time shift a: a t / (1 + (a-1) t), 1 for none; 1/s for LightningDiT's s "
              "(default for text: FLUX's, by the number of tokens)")
     add("--cfg", type=argument(float, math.isfinite, "finite"),
@@ -460,9 +465,9 @@ def main(argv=None):
         print_0(f"classes: {name_labels(labels, names)}")
     if args.out:
         recipe = {k: getattr(args, k) for k in (
-            "steps", "method", "shift", "cfg", "cfg_interval", "cfg_channels", "labels", "seed",
-            "latent_stats")}
+            "steps", "method", "shift", "cfg", "cfg_interval", "cfg_channels", "labels", "seed")}
         if rank == 0:
+            recipe["latent_stats"] = args.latent_stats and sha256(args.latent_stats)
             recipe |= {"time": guidance["time"], "dtype": str(dtype),
                        "generator": sha256(args.dit), "tokenizer": sha256(args.tokenizer)}
             if prompts:

@@ -2461,6 +2461,8 @@ def test_words():
             assert np.array_equal(rows[np.array(chosen)], encoder(texts))
             assert rested.call_count == times, "those encoded with the others were kept"
     with folder() as d:
+        (d / "p.txt").write_text("a b\u2028c\r\n\n d\x0b\x85e\n", "utf-8")
+        assert captions.read_prompts(d / "p.txt") == ["a b\u2028c", "d\x0b\x85e"], "lines alone"
         (d / "p.txt").write_text("a red kite\nA kite on blue\n", "utf-8-sig")
         args = SimpleNamespace(clip_text=None, t5=None, words=d / "p.txt", text_length=None)
         assert captions.read_prompts(d / "p.txt") == ["a red kite", "A kite on blue"]
@@ -4609,6 +4611,8 @@ def test_time_grid():
     shifted = sample.time_grid(10, 1 / s)
     assert np.allclose(1 - np.array(shifted), s * t / (1 + (s - 1) * t))
     assert shifted[0] == 1 and shifted[-1] == 0 and shifted[5] > 0.5
+    # with a time above 1 guidance would be off there
+    assert all(max(sample.time_grid(2, shift / 100)) == 1 for shift in range(1, 1001))
 
 
 def test_samplers():
@@ -4834,6 +4838,12 @@ def test_sample_flags():
         assert bf16.dtype == torch.float32, "the decoder's"
         assert 1 < np.abs(data.to_uint8(bf16) - last[:2]).max() < 30
 
+        record, = d.glob("a.npz*.json")
+        assert json.loads(record.read_text())["latent_stats"] == files.sha256(d / "stats.pt")
+        with refused("images 0 to 4 is not finite", "--cfg"):
+            execute(sample, *ours, *flags, "--cfg", 1e30, "--overwrite")
+        with refused("--shift", "finite"):
+            execute(sample, *ours, "--shift", "inf")
         save_dit(random_weights(dit, 1), d / "dit.pt", theirs)
         with refused("a.npz", "generator"):
             execute(sample, *ours, *flags)
@@ -5545,6 +5555,11 @@ def test_cknna_command():
             whose = ["latents"] if isinstance(tokenizer, VAE) else ["latents", "encoder"]
             assert list(found) == [f"{m}, {w}" for w in whose for m in ("CKNNA", "SE-CKNNA")]
             assert tokenizer is not own or found["CKNNA, encoder"] > 0.999 > found["CKNNA, latents"]
+        ranks = SimpleNamespace(is_initialized=lambda: True)  # of which the others have left
+        with patch.object(fid, "dist", ranks):
+            args = SimpleNamespace(batch_size=7, workers=0)
+            parts = [*fid.ImageSet(d / "a", 64).read(args, 0, 1, CPU)]
+        assert [len(part) for part, _ in parts] == [7, 7, 7, 3]
         siglip = random_weights(SigLIP(64, 1, grid=2))
         torch.save(siglip.state_dict(), d / "siglip.pt")
         pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)

@@ -189,7 +189,8 @@ def cached_latents(path, tokenizer, data, args, device, views=2):
         with array.lock:
             for batch, (x, _) in zip(missing, bar):
                 x = torch.stack([x, x.flip(3)][:views], dim=1).flatten(0, 1)  # (views*B, 3, H, W)
-                z = tokenizer.normalize(tokenizer.encode(x)).half()  # (views*B, d, h, w)
+                z = tokenizer.normalize(runs.by_parts(tokenizer.encode, x, args.size ** 2))
+                z = z.half()  # (views*B, d, h, w)
                 if not z.isfinite().all():
                     raise UserError(
                         f"a latent of images {batch[0]} to {batch[-1]} is not finite in fp16")
