@@ -136,7 +136,7 @@ def generate(model, tokenizer, indices, labels, seed, times, method="euler", dty
     """Images (B, 3, H, W), about in [-1, 1], of the indices; and the network's evaluations per
     image, (conditional, unconditional). labels: the classes of all images, or None. text: the rows
     of k prompts and of the empty one (see captions.py); image i is of prompt i mod k. guidance:
-    arguments of Velocity. UserError where a pixel is not finite."""
+    arguments of Velocity."""
     device = tokenizer.latent_mean.device
     channels = tokenizer.d + repa.extra_channels(model.arguments)
     shape = (channels, *model.arguments["grid"])
@@ -152,9 +152,6 @@ def generate(model, tokenizer, indices, labels, seed, times, method="euler", dty
     z0 = tokenizer.unnormalize(z0[:, :tokenizer.d])
     # in fp32: bf16 lacks a pixel's 256 levels
     images = runs.by_parts(tokenizer.decode, z0, z0[0, 0].numel() * tokenizer.factor ** 2)
-    if not images.isfinite().all():
-        raise UserError(f"a pixel of images {indices[0]} to {indices[-1]} is not finite: lower --cfg, "
-                        "try --dtype fp32, or another checkpoint")
     return images, (velocity.conditional, velocity.unconditional)
 
 
@@ -239,8 +236,8 @@ def load_pair(args):
 
 
 def grid_rows(images, labels, width=8):
-    """Images (n, 3, H, W) as rows for save_grid: one class a row where at most 16
-    classes have the same number of images, above 1."""
+    """Images (n, 3, H, W) as rows for save_grid: one class a row where there are at most 16, all
+    with the same number of images, above 1."""
     if labels is not None:
         labels = labels[:len(images)]
         rows = [images[labels == c][:width] for c in np.unique(labels)]
@@ -453,6 +450,9 @@ def main(argv=None):
         nonlocal evaluations
         images, evaluations = generate(model, tokenizer, np.asarray(indices), labels, args.seed,
                                        times, args.method, dtype, text, **guidance)
+        if not images.isfinite().all():
+            raise UserError(f"a pixel of images {indices[0]} to {indices[-1]} is not finite: lower "
+                            "--cfg, try --dtype fp32, or another checkpoint")
         return images
 
     lo, hi = args.cfg_interval
