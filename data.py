@@ -382,7 +382,7 @@ def open_folders(data, val, val_images):
     """(training images, held-out images), with the same classes. Held out: the folder `val` if
     given, else a folder `val` beside a folder `train`, else a fixed random 5 % of the files, at
     most val_images."""
-    root, train = Path(data), ImageFolder(data)
+    root, train = Path(os.path.abspath(data)), ImageFolder(data)  # "." has no name
     print_0(train)
     if not has_decode_jpeg():
         print_0("NOTE: torchvision is built without libjpeg: PIL decodes JPEG files, in twice the "
@@ -566,7 +566,7 @@ def unreadable(images, args, rank, world):
     """name -> error of the images that cannot be decoded."""
     bad, order = {}, ranges(len(images), 32)[rank::world]
     loader = DataLoader(Crops(images, args.size), num_workers=args.workers, collate_fn=list,
-                        batch_sampler=([(0, i) for i in batch] for batch in order))
+                        worker_init_fn=keep_loading, batch_sampler=([(0, i) for i in batch] for batch in order))
     bar = tqdm(loader, "checking images", len(order), disable=rank != 0, mininterval=1)
     for batch, items in zip(order, bar):
         for i, item in zip(batch, items):

@@ -22,6 +22,7 @@ import sys
 import urllib.request
 import warnings
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,13 @@ def gather(value):
     return values
 
 
+def barrier(hours=None):
+    """All ranks wait for each other. hours: if more than a collective may take."""
+    if dist.is_initialized():
+        patient = hours and dist.new_group(backend="gloo", timeout=timedelta(hours=hours))
+        dist.barrier(patient)
+
+
 def sha256(path):
     digest = hashlib.sha256()
     with reading(path, "file"), open(path, "rb") as f:
@@ -114,8 +122,8 @@ def system_failure(e):
     a network file system's error. Else None."""
     if isinstance(e, OSError) and e.errno and e.errno != errno.EINVAL:  # a damaged zip may seek < 0
         return e.strerror
-    if mapping := re.match(r"unable to (?:mmap|open) .*: (.*) \(\d+\)", str(e)):  # torch's
-        return mapping[1]
+    if failure := re.search(r"unable to (?:mmap|open|allocate) .*: (.*) \(\d+\)", str(e)):  # torch's
+        return failure[1]
     no_memory = isinstance(e, MemoryError) or "can't allocate memory" in str(e)
     return "out of memory" if no_memory else None
 
@@ -350,25 +358,34 @@ class BatchedArray:
         self.lock = contextlib.ExitStack()
         if self.rank == 0:
             try:
-                self.parts.mkdir(parents=True, exist_ok=True)
-                self.lock.enter_context(lock(
-                    self.parts / ".lock", f"another process is writing {path}; wait for it"))
-                present = self.path.exists() or self._written()
-                record, recipe = Path(f"{path}.json"), recipe | {"rows": n}
-                if outdated(path, record, recipe, overwrite, present):
-                    self.path.unlink(missing_ok=True)
-                    self._delete_parts()
-                write_record(record, recipe)
+                self._prepare(Path(f"{path}.json"), recipe | {"rows": n}, overwrite)
             except UserError:
                 self.lock.close()
                 raise
             except OSError as e:
                 self.lock.close()
                 raise UserError(f"cannot write {path}: {e.strerror}") from None
-        self._wait()
+        barrier()
         self.complete = self.path.exists()
         if self.complete:
             self._close()
+
+    def _prepare(self, record, recipe, overwrite):
+        if self.path.exists() and not self.parts.exists() and not outdated(
+                self.path, record, recipe, overwrite, True):
+            return  # complete: no lock, as many runs may read it at once
+        self.parts.mkdir(parents=True, exist_ok=True)
+        self.lock.enter_context(lock(
+            self.parts / ".lock", f"another process is writing {self.path}; wait for it"))
+        written = self._written()
+        if outdated(self.path, record, recipe, overwrite, self.path.exists() or written):
+            self.path.unlink(missing_ok=True)
+            self._delete_parts()
+        elif written and not self.path.exists():  # its batches may be of another shape
+            first, end, part = written[0]
+            with reading(part, "batch (delete it, and it is made anew)"):
+                self._check(part, np.load(part, mmap_mode="r"), end - first)
+        write_record(record, recipe)
 
     def _written(self):
         """(first row, last row + 1, file) of each batch on disk."""
@@ -382,7 +399,7 @@ class BatchedArray:
         for first, end, _ in self._written():
             lacking[first:end] = False
         batches = [batch for batch in ranges(self.n, batch_size) if lacking[batch].any()]
-        self._wait()  # all ranks have looked before one writes
+        barrier()  # all ranks have looked before one writes
         return batches[self.rank::self.world]
 
     def write(self, batch, values):
@@ -398,21 +415,25 @@ class BatchedArray:
 
     def finish(self):
         """Rank 0 packs when all ranks are done."""
-        self._wait()
+        barrier()
         if self.rank == 0:
             write_atomically(self.path, self._pack)
-        self._close()
+        self._close(hours=12)
 
     def mapped(self, kind):
         """The complete array, a read-only memory map. Errors: UserError."""
         # no checksum: reading ImageNet's 39 GiB takes minutes, and a flipped bit is one value
         with reading(self.path, f"{kind} (delete it to make it anew)"):
             array = np.load(self.path, mmap_mode="r")
-            if (array.shape, array.dtype) != ((self.n, *self.shape), self.dtype):
-                raise ValueError(f"it holds {array.dtype} {array.shape}")
+            self._check(self.path, array, self.n)
             if self.path.stat().st_size != array.offset + array.nbytes:
                 raise ValueError("bytes follow its end")
         return array
+
+    def _check(self, path, array, n):
+        if (array.shape, array.dtype) != ((n, *self.shape), self.dtype):
+            raise UserError(f"{path} holds {array.dtype} {array.shape}, and {self.dtype} "
+                            f"{(n, *self.shape)} is asked for: delete it, or choose another place")
 
     def _pack(self, f):
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False,
@@ -424,7 +445,9 @@ class BatchedArray:
             for first, end, part in self._written():
                 if first <= row < end:  # they overlap where the batch size changed after a stop
                     with reading(part, "batch (delete it, and it is made anew)"):
-                        f.write(np.load(part)[row - first:].tobytes())
+                        array = np.load(part)
+                        self._check(part, array, end - first)
+                        f.write(array[row - first:].tobytes())
                     row = end
             if row < self.n:
                 raise UserError(f"row {row} of {self.path} is gone from {self.parts}; repeat the "
@@ -439,16 +462,12 @@ class BatchedArray:
         for _, _, part in self._written():
             part.unlink()
 
-    def _close(self):
-        if self.rank == 0:
+    def _close(self, hours=None):
+        if self.rank == 0 and self.parts.exists():
             self._delete_parts()
             self.lock.close()
             shutil.rmtree(self.parts, ignore_errors=True)
-        self._wait()
-
-    def _wait(self):
-        if self.world > 1:
-            dist.barrier()
+        barrier(hours)
 
 
 # ---- external weights
@@ -481,7 +500,8 @@ def find_weights(url, digest, flag, file=None):
             raise UserError(f"missing weights {path.name}: get {url}, pass it as {flag} FILE "
                             f"(download: {e})") from None
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a file system that is read-only, too
+                part.unlink(missing_ok=True)
     found = sha256(path)
     if not found.startswith(digest):
         raise UserError(f"{path} is damaged (its sha256 is {found}, not {digest}): delete it, or "

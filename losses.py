@@ -277,7 +277,7 @@ class BatchNorm(nn.BatchNorm2d):
         with torch.autocast(x.device.type, enabled=False):
             xf = x.float()
             # the number of values too: ranks may have other sizes, as VFM-VAE draws its scales
-            count = xf.new_tensor([x.numel() // x.shape[1]])
+            count = xf.new_full((1,), x.numel() // x.shape[1])
             total = _SumOverRanks.apply(torch.cat([xf.sum((0, 2, 3)), count]))
             count = total[-1].detach()
             mean = total[:-1] / count  # (C,)

@@ -33,6 +33,7 @@ from files import (
     STOP_SIGNALS,
     SystemFailure,
     UserError,
+    barrier,
     check_same,
     gather,
     load_file,
@@ -40,6 +41,7 @@ from files import (
     lock,
     reading,
     save_checkpoint,
+    system_failure,
     write_atomically,
 )
 from losses import average_over_ranks
@@ -128,13 +130,6 @@ def rank_0_first():
     yield
     if dist.is_initialized() and dist.get_rank() == 0:
         dist.barrier()
-
-
-def barrier(hours=None):
-    """All ranks wait for each other. hours: if more than a collective may take."""
-    if dist.is_initialized():
-        patient = hours and dist.new_group(backend="gloo", timeout=timedelta(hours=hours))
-        dist.barrier(patient)
 
 
 def autocast_dtype(name, device):
@@ -433,12 +428,13 @@ class Run:
         where the final checkpoint is none of a run's."""
         if self.rank == 0:
             final = self.out / f"{prefix}.pt"
-            if final.exists() and "recipe" not in load_file(final):
+            if final.exists() and not isinstance(load_file(final).get("recipe"), dict):
                 raise UserError(f"{final} was not made by this script, and --overwrite would delete "
                                 "it: choose another --out")
             log = self.out / "log.csv"
-            if log.is_file() and log.read_bytes().split(b"\n")[0].decode(
-                    errors="replace").strip() != ",".join(self.columns):
+            head = log.read_bytes().split(b"\n")[0].strip() if log.is_file() else b""
+            if head.startswith((b"stage,step,", b"step,")) and head != ",".join(
+                    self.columns).encode():
                 log.unlink()
             for path in (final, *step_files(self.out, prefix, "(pt|png)")):
                 path.unlink(missing_ok=True)
@@ -674,7 +670,15 @@ def launch(main):
         sys.exit(f"error: {' '.join(str(e).splitlines())}")  # one line, whatever a file is called
     except KeyboardInterrupt:
         sys.exit("error: interrupted")
+    except (OSError, MemoryError) as e:  # no permission, no room
+        failure = system_failure(e)
+        if not failure:
+            raise
+        sys.exit(f"error: {failure}: {e.filename}" if getattr(e, "filename", None) else
+                 f"error: {failure}")
     except RuntimeError as e:
+        if failure := system_failure(e):
+            sys.exit(f"error: {failure} (fewer images at once? fewer --workers?): {first_line(e)}")
         if short := re.search(r".*(out of memory|_ALLOC_FAILED).*", str(e)):  # cuBLAS, NCCL, too
             sys.exit(f"error: out of GPU memory (--accum N splits the batch; --checkpointing; fewer "
                      f"images at once): {short[0].strip()}")

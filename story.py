@@ -10,7 +10,7 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
-from files import reading, write_atomically
+from files import UserError, reading, warn, write_atomically
 from runs import step_files
 
 COLUMNS = ["stage", "begins", "steps", "images", "rec", "psnr", "ssim", "probe"]
@@ -69,11 +69,15 @@ def draw(grids, curves, spans, of):
     stage -> its first and last step; of: below the curves."""
     strips = {}
     for stage, path in grids.items():
-        if path:
+        if not path:
+            continue
+        try:
             with reading(path, "picture"), Image.open(path) as img:
                 w, h = img.width, img.height // 2
                 strips["original"] = img.crop((0, 0, w, h))
                 strips[stage] = img.crop((0, h, w, 2 * h))
+        except UserError as e:  # of an earlier stage: no reason to end this one
+            warn(f"{e}; story.png is drawn without it")
     k = math.ceil(h / SIDE)
     top = len(strips) * (SIDE + GAP) + GAP
     picture = Image.new("RGB", (k * (WIDTH + GAP), k * (top + HEIGHT)), "white")

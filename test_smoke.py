@@ -2782,8 +2782,8 @@ def test_batched_array():
     whole. Never a half file under the final name; another recipe's is refused; damage is named."""
     values = np.random.default_rng(0).standard_normal((10, 2, 3)).astype(np.float16)
 
-    def make(recipe="a", n=10, **kw):
-        return BatchedArray(path, n, (2, 3), np.float16, {"tokenizer": recipe}, **kw)
+    def make(recipe="a", n=10, shape=(2, 3), **kw):
+        return BatchedArray(path, n, shape, np.float16, {"tokenizer": recipe}, **kw)
 
     def fill(array, batch_size):
         for batch in array.missing(batch_size):
@@ -2802,6 +2802,8 @@ def test_batched_array():
         if files.fcntl:
             assert "another process is writing" in error_of(make)
         array.lock.close()  # a stop
+        assert "(4, 2, 3), and float16 (4, 1, 3) is asked for" in error_of(
+            lambda: make(shape=(1, 3)))
         for wrong, words in (({"recipe": "b"}, "tokenizer a -> b"), ({"n": 11}, "rows 10 -> 11")):
             with refused("a.npy", words):
                 make(**wrong)
@@ -2819,6 +2821,8 @@ def test_batched_array():
         (array.parts / "000000004-000000008.npy").touch()
         assert make().complete
         assert {p.name for p in d.iterdir()} == {"a.npy", "a.npy.json"}
+        with patch.object(files, "lock", side_effect=AssertionError):  # many runs may read it at once
+            assert make().complete and {p.name for p in d.iterdir()} == {"a.npy", "a.npy.json"}
 
         assert "tokenizer a -> b" in error_of(make, "b")
         (d / "a.npy.json").rename(d / "b")
@@ -2902,16 +2906,18 @@ def test_run_folder():
             (d / name).touch()
         with runs.Run(d, 0, ["stage", "step", "loss"]) as run:
             assert [p.name for p in run.checkpoints("a")] == sorted(checkpoints)
-            save_checkpoint(d / "a.pt", {"state_dict": {}})
-            assert "a.pt was not made by this script" in error_of(run.forget, "a")
+            for content in ({"state_dict": {}}, {"recipe": "a user's"}):
+                save_checkpoint(d / "a.pt", content)
+                assert "a.pt was not made by this script" in error_of(run.forget, "a")
             save_checkpoint(d / "a.pt", {"recipe": {}})
             run.forget("a")
         assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *others}
-        for content in (log.read_bytes(), b"\xff\xfe"):
+        for content, stays in ((log.read_bytes(), False), (b"step,loss\n1,2\n", False),
+                               (b"date,expense\n", True), (b"\xff\xfe", True)):
             log.write_bytes(content)
-            with runs.Run(d, 0, ["step", "align"]) as run:
+            with runs.Run(d, 0, ["stage", "step", "align"]) as run:
                 run.forget("a")
-            assert not log.exists(), "one with other columns"
+            assert log.exists() == stays, "ours, with other columns, goes"
 
 
 def test_time_left():
@@ -3055,6 +3061,15 @@ def test_launch():
                          SystemExit("error: out of GPU memory (--accum")),
                         (torch.distributed.DistBackendError("NCCL\nerror"),
                          SystemExit("error: another rank has stopped, or the network")),
+                        (PermissionError(errno.EACCES, "Permission denied", "a/val"),
+                         SystemExit("error: Permission denied: a/val")),
+                        (OSError(errno.ENOSPC, "No space left"), SystemExit("error: No space left")),
+                        (MemoryError(), SystemExit("error: out of memory")),
+                        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+                         SystemExit("error: out of memory (fewer images")),
+                        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nunable to "
+                                      "allocate shared memory(shm) for file </torch_1>: No space left "
+                                      "on device (28)"), SystemExit("error: No space left on device (")),
                         (KeyboardInterrupt(), SystemExit("error: interrupted")),
                         (RuntimeError("ours"), RuntimeError("ours"))):
         with refused(str(says), kind=type(says)), patch.object(sample, "main", side_effect=error):
@@ -3531,6 +3546,10 @@ def test_story():
         assert (d / "held_out.csv").read_text().splitlines()[1:] == [
             "stage1,5,10,5,,9,,50", "vae,12,30,5,,19,,nan"]
         assert charts[0][0][3] == {"stage1": (5, 10), "vae": (12, 30)}, "the stages' bands"
+        (d / "stage1_step00000010.png").write_bytes(b"half")  # no reason to end a later stage
+        with contextlib.redirect_stderr(said := io.StringIO()):
+            story.tell(path, "vae", 12, 30, {"psnr": 19.0, "images": 5})
+        assert "stage1_step00000010.png" in said.getvalue()
         story.rewind(d, 29)
         assert len((d / "held_out.csv").read_text().splitlines()) == 2, "one row is left"
         with recorded(story, "chart") as charts:  # one point, no labels
@@ -3991,6 +4010,7 @@ def test_tokenizer_errors():
             ("divisible by 16",): ["--size", 60],
             ("invalid float value: 'x' (see --help)",): ["--lr", "x"],
             ("does not split",): ["--accum", 3],
+            ("holds stage1 of --model aligntok", "--out"): ["--model", "vavae", "--out", run],
             ("--vgg16", files.VGG16_URL): ["--w-p", 1, "--vgg16", TMP / "no-vgg.pth"],
             ("cannot write",): ["--out", TMP / "a-file" / "x"]}.items():
         with refused(*words):

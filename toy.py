@@ -193,7 +193,7 @@ def stand_in_encoder(args, data, run, device):
         raise UserError("tiny14 has no official weights; its stand-in is trained by --preset tiny, "
                         "on --data with one folder per class (or give --encoder)")
     then = load_file(path, "encoder").get("recipe") if path.exists() else recipe
-    if then is None:
+    if not isinstance(then, dict):
         raise UserError(f"{path} is no stand-in that was trained here: give it as --encoder, or "
                         "choose another --out")
     if path.exists() and not args.overwrite:

@@ -397,6 +397,8 @@ def parse(argv=None):
     add("--no-cache", action="store_true", help="encode every batch anew: no disk, more time")
     add("--encode-batch", type=count, help="images at once while the cache is made")
     args = p.fill(argv, PRESETS)
+    if args.cache and args.cache.endswith(".npz"):
+        raise UserError(f"--cache {args.cache}: it is read in place, as no zip can be; name it .npy")
     if args.captions:
         own = TEXT_PRESETS[args.preset]
         vars(args).update({k: v for k, v in own.items() if k not in args.given})

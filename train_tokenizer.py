@@ -536,6 +536,16 @@ COLUMNS = ["stage", "step", "l1", "perceptual", "rec", "g_loss", "adaptive", "sp
 VFM_COLUMNS = ["multires", "ssim", "patchgan", "matching"]
 
 
+def check_folder(out, model):
+    """UserError where `out` holds another system's run: its log would be rewound."""
+    systems = {"aligntok": ["stage1", "stage2", "stage3"], "vae": ["vae"], "vavae": ["vavae"],
+               "vfmvae": [*vfm_vae.STAGES]}
+    for other, names in systems.items():
+        held = [n for n in names if (out / f"{n}.pt").exists() or runs.step_files(out, n, "pt")]
+        if held and other != model:
+            raise UserError(f"{out} holds {held[0]} of --model {other}: choose another --out")
+
+
 def resume_stage(s, args, run):
     """Loads the stage's last good checkpoint, or returns True where the stage is complete."""
     final = run.out / f"{s.prefix}.pt"
@@ -718,6 +728,7 @@ def main(argv=None):
     began = time.time()
     columns = COLUMNS + VFM_COLUMNS * (args.model == "vfmvae")
     with runs.Run(args.out, args.rank, columns) as run:
+        check_folder(run.out, args.model)
         if args.check_data or args.skip_unreadable:
             data, held_out = check_images([data, held_out], args, args.rank, args.world)
         for i, stage in enumerate(args.now):

@@ -190,6 +190,8 @@ if __name__ == "__main__":
     if args.runs and not (args.runs.is_dir() and {"DATA", "WEIGHTS"} <= os.environ.keys()):
         p.error("--runs takes the folder of a seed, with DATA and WEIGHTS as for results/miniature.sh")
     rows = read(args.results)
+    if not rows:
+        p.error(f"--results {args.results}: no seed*/ROW.json there")
     for title, (names, columns) in TABLES.items():
         text = table(rows, names, columns)
         if text.count("\n") > 2:  # two rows to compare

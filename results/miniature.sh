@@ -224,6 +224,10 @@ if [ $tokenizer = yes ] && [ "$row" != stage123 ]; then
     [ -f "$runs/cknna_judge.json" ] ||
         later "${judge[@]}" --cknna "$final" "$DATA/val" --json "$runs/cknna_judge.json"
 fi
+# where rows run side by side, its tokenizer's `own` may have come after the generator's distances
+if [[ -f $own && -f $runs/plain.npz && ! -f $runs/own_plain.json ]]; then
+    later "${judge[@]}" "$own" "$runs/plain.npz" --metrics fid --json "$runs/own_plain.json"
+fi
 now
 rm -rf "$runs"/{cfg,steps,plain400,plain800}*.npz*
 python results/parts.py row "$runs" "$best"

@@ -31,6 +31,7 @@ from baselines import VAE
 from captions import read_prompts
 from data import to_uint8
 from files import load_tokenizer
+from runs import launch
 from toy import HUES, SHAPES, Shapes
 
 COLOURS = ["black", "grey", "white", *HUES, *(f"dark {hue}" for hue in HUES)]
@@ -164,7 +165,7 @@ def recon(file, checkpoint):
     return report(file, torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2), names)
 
 
-if __name__ == "__main__":
+def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = {"data": write_data, "judge": train_judge, "score": score, "recon": recon,
@@ -178,3 +179,7 @@ if __name__ == "__main__":
         print(json.dumps(figures))
     if args.json:
         args.json.write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    launch(main)
