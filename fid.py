@@ -693,7 +693,7 @@ class ImageSet:
             except UserError as e:
                 error = str(e)
         # one rank's error ends all: else the others would wait for ever
-        if world > 1:
+        if world > 1 and dist.is_initialized():
             errors = [None] * world
             dist.all_gather_object(errors, error)
             error = next(filter(None, errors), None)

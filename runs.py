@@ -428,9 +428,14 @@ class Run:
         where the final checkpoint is none of a run's."""
         if self.rank == 0:
             final = self.out / f"{prefix}.pt"
-            if final.exists() and not isinstance(load_file(final).get("recipe"), dict):
-                raise UserError(f"{final} was not made by this script, and --overwrite would delete "
-                                "it: choose another --out")
+            if final.exists():
+                try:
+                    ours = isinstance(load_file(final).get("recipe"), dict)
+                except UserError as e:
+                    raise UserError(f"{e}; delete it, or choose another --out") from None
+                if not ours:
+                    raise UserError(f"{final} was not made by this script, and --overwrite would "
+                                    "delete it: choose another --out")
             log = self.out / "log.csv"
             head = log.read_bytes().split(b"\n")[0].strip() if log.is_file() else b""
             if head.startswith((b"stage,step,", b"step,")) and head != ",".join(

@@ -2909,6 +2909,9 @@ def test_run_folder():
             for content in ({"state_dict": {}}, {"recipe": "a user's"}):
                 save_checkpoint(d / "a.pt", content)
                 assert "a.pt was not made by this script" in error_of(run.forget, "a")
+            (d / "a.pt").write_bytes(b"half")
+            assert "a.pt (damaged" in error_of(run.forget, "a") and "delete it" in error_of(
+                run.forget, "a")
             save_checkpoint(d / "a.pt", {"recipe": {}})
             run.forget("a")
         assert {p.name for p in d.iterdir()} == {".lock", "log.csv", *others}
