@@ -22,7 +22,7 @@
 # With the word tokenizer only that is trained. Once the tokenizers that they begin with are there, rows may run side by
 # side; but stage123 runs stage12 first, and stage1 writes where it does.
 # All figures of a row end in OUT/seed SEED/ROW.json (without it the row is measured again, where parts are missing);
-# results/ holds those of the README. SE-CKNNA against DINOv2 takes more than an hour of one core.
+# results/ holds those of the README. SE-CKNNA against DINOv2 takes half an hour to an hour of one core.
 set -euo pipefail
 row=${1-} seed=${2-} part=${3-all} base='' tokenizer=yes
 cd "$(dirname "$0")/.."
