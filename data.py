@@ -566,7 +566,8 @@ def unreadable(images, args, rank, world):
     """name -> error of the images that cannot be decoded."""
     bad, order = {}, ranges(len(images), 32)[rank::world]
     loader = DataLoader(Crops(images, args.size), num_workers=args.workers, collate_fn=list,
-                        worker_init_fn=keep_loading, batch_sampler=([(0, i) for i in batch] for batch in order))
+                        worker_init_fn=keep_loading,
+                        batch_sampler=([(0, i) for i in batch] for batch in order))
     bar = tqdm(loader, "checking images", len(order), disable=rank != 0, mininterval=1)
     for batch, items in zip(order, bar):
         for i, item in zip(batch, items):

@@ -540,10 +540,11 @@ def check_folder(out, model):
     """UserError where `out` holds another system's run: its log would be rewound."""
     systems = {"aligntok": ["stage1", "stage2", "stage3"], "vae": ["vae"], "vavae": ["vavae"],
                "vfmvae": [*vfm_vae.STAGES]}
+    del systems[model]
     for other, names in systems.items():
-        held = [n for n in names if (out / f"{n}.pt").exists() or runs.step_files(out, n, "pt")]
-        if held and other != model:
-            raise UserError(f"{out} holds {held[0]} of --model {other}: choose another --out")
+        for name in names:
+            if (out / f"{name}.pt").exists() or runs.step_files(out, name, "pt"):
+                raise UserError(f"{out} holds {name} of --model {other}: choose another --out")
 
 
 def resume_stage(s, args, run):
