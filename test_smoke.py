@@ -1293,6 +1293,13 @@ def test_held_out():
 
     beside = files_in(TMP / "beside", "train/a/1.png", "train/b/1.png", "val/b/9.png", "val/b/8.png")
     train, held_out, said = opened(beside / "train", None, 1)
+    here = os.getcwd()
+    try:
+        os.chdir(beside / "train")
+        assert [names(images) for images in opened(".", None, 1)[:2]] == [
+            names(images) for images in (train, held_out)], "from inside"
+    finally:
+        os.chdir(here)
     assert (len(train), held_out.labels.tolist()) == (2, [1, 1]) and "NOTE" not in said
     files_in(beside, "val/c/1.png")
     with refused("c is no class of the training images"):
@@ -4140,6 +4147,8 @@ def test_train_with_repa_and_reg():
             found = np.load(d / f"{align}.npz")["arr_0"]
             assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
         execute(train_dit, *flags, "--no-cache", "--out", d / "fresh", "--steps", 1)
+        with refused("--cache", "z.npz", ".npy"):
+            execute(train_dit, *flags, "--cache", d / "z.npz")
         assert math.isclose(float(rows_of(d / "fresh")[0]["loss"]), float(rows[0]["loss"]),
                             rel_tol=2e-3)
         for words, more in {
